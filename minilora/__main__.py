@@ -1,0 +1,6 @@
+"""``python -m minilora``."""
+import sys
+
+from minilora.cli import main
+
+sys.exit(main())

@@ -1,0 +1,149 @@
+"""What a training run needs to know, and its run.toml.
+
+`TrainConfig` is the one list of settings: the command line's flags are made from its fields, ``--config run.toml`` is read
+into it, and a run folder's ``config.toml`` is it, written back.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from minilora.errors import ConfigError
+from minilora.files import write_text
+from minilora.layers.lora import ALL_LINEARS, LoRAConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a run; each field's help is the command line's.
+
+    Raises: ConfigError: a value of the wrong type or out of range; `model`, `data` and `out` are required.
+    """
+
+    model: str = _setting("", "base model: tiny, a folder in Hugging Face's layout, or a hub id")
+    data: str = _setting("", "training table: CSV, JSONL or Parquet")
+    out: str = _setting("", "run folder to create")
+    val: str = _setting("", "validation table with the same columns; none if empty")
+    input_column: str = _setting("input", "column of notes")
+    label_column: str = _setting("label", "column of labels")
+    template: str = _setting("note", "prompt: note, inst, or a text file with one {input}")
+    quantize: Literal["nf4", "none"] = _setting("nf4", "store the base in 4 bits (QLoRA), or not (LoRA)")
+    double_quant: bool = _setting(True, "quantize the block constants as well")
+    blocksize: int = _setting(64, "weights per quantization block")
+    r: int = _setting(16, "rank of the update")
+    alpha: float = _setting(32.0, "strength of the update: it is scaled by alpha/r")
+    dropout: float = _setting(0.0, "share of each adapter's input that is zeroed in training")
+    target_modules: tuple[str, ...] = _setting(ALL_LINEARS, "linears to adapt, by name")
+    use_rslora: bool = _setting(False, "scale by alpha/sqrt(r) (rsLoRA)")
+    use_dora: bool = _setting(False, "train a length for each output row as well (DoRA)")
+    epochs: float = _setting(3.0, "passes over the training table; a fraction stops early")
+    max_steps: int = _setting(0, "optimizer steps at most; 0 = as epochs say")
+    batch_size: int = _setting(16, "notes per micro-batch")
+    accumulate: int = _setting(1, "micro-batches per optimizer step")
+    max_length: int = _setting(512, "tokens of prompt and label together; a longer note keeps its head and tail")
+    lr: float = _setting(0.0, "peak learning rate; 0 = 2e-4 * 4096 / hidden size (QLoRA's rate at 7B, scaled by width)")
+    warmup: float = _setting(0.05, "share of the steps in which the rate rises from 0; then it falls as a cosine to 0")
+    weight_decay: float = _setting(0.0, "AdamW's decoupled weight decay")
+    max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm; 0 = never")
+    gradient_checkpointing: bool = _setting(False, "recompute activations in backward: less memory, a third more time")
+    eval_every: int = _setting(0, "optimizer steps between validations; 0 = at the end only")
+    save_every: int = _setting(200, "optimizer steps between checkpoints; 0 = at the end only")
+    seed: int = _setting(0, "fixes initial adapters, order and dropout")
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = _setting("auto", "compute type: auto, float32, bfloat16 or float16")
+    pad_vocab: bool = _setting(False, "fill missing embedding rows with their mean")
+    resume: bool = _setting(False, "go on from the run folder's newest checkpoint")
+    overwrite: bool = _setting(False, "replace an existing run folder")
+    quiet: bool = _setting(False, "no progress on the terminal")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for setting in dataclasses.fields(self):
+            setattr(self, setting.name, _checked(setting.name, getattr(self, setting.name), hints[setting.name]))
+        for name in ("model", "data", "out"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is required: {_help(name)}")
+        ranges = [("blocksize", 1, 1 << 16), ("batch_size", 1, 1 << 16), ("accumulate", 1, 1 << 16), ("max_length", 8, 1 << 20),
+                  ("lr", 0, 10), ("warmup", 0, 1), ("weight_decay", 0, 100), ("max_grad_norm", 0, math.inf),
+                  ("eval_every", 0, math.inf), ("save_every", 0, math.inf), ("max_steps", 0, math.inf),
+                  ("epochs", 0, 1e6), ("seed", 0, 2 ** 63 - 1)]
+        for name, low, high in ranges:
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must lie between {low} and {high:g}, not {getattr(self, name)}")
+        if not self.epochs and not self.max_steps:
+            raise ConfigError("nothing to train: epochs is 0; give epochs or max_steps")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume goes on with the run folder, overwrite replaces it: give one of the two")
+        self.lora()
+
+    def lora(self) -> LoRAConfig:
+        """The part that says what to attach."""
+        return LoRAConfig(self.r, self.alpha, self.dropout, self.target_modules, self.use_rslora, self.use_dora)
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
+        """Read a run.toml; `overrides` (the flags given on the command line) win."""
+        return cls(**{**read_toml(path), **overrides})
+
+    def save(self, path: str | Path) -> None:
+        """Write config.toml: everything but how this call was made (resume, overwrite, quiet)."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+                  if name not in ("resume", "overwrite", "quiet")}
+        write_text(path, tomli_w.dumps(values))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The settings in a TOML file.
+
+    Raises: ConfigError: no such file, not TOML, or a name that is no setting.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    known = {setting.name for setting in dataclasses.fields(TrainConfig)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return values
+
+
+def _help(name: str) -> str:
+    return next(setting.metadata["help"] for setting in dataclasses.fields(TrainConfig) if setting.name == name)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value in the type its field declares: an int may stand for a float, a list for a tuple; nothing else is bent."""
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{name} must be {' or '.join(typing.get_args(hint))}, not {value!r}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{name} must be a list of names, not {value!r}")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, Path):
+        value = str(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ConfigError(f"{name} must be {'a finite number' if hint is float else hint.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,124 @@
+"""Writing without losing anything: temporary name, fsync, rename.
+
+``os.replace`` is atomic within one file system: a reader sees the old file or the whole new one, and a kill at any
+instant leaves at worst a ``.tmp-…`` sibling.  The data is synced before the rename and the folder after it, so a power
+cut cannot leave the new name with old blocks.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import OutputError
+
+
+def sync_folder(path: Path) -> None:
+    """Sync a directory's entries to disk (the rename itself, not the files' contents)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed.
+
+    Args:
+        path: the final file; its folder must exist.
+        mode: permission bits of the result, set before any byte is written (0o600 for notes and predictions).
+
+    Raises:
+        OutputError: the folder is missing, read-only or full.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, mode)
+        os.close(descriptor)
+        os.chmod(temporary, mode)
+        yield temporary
+        # Trap: a library may have replaced the file instead of writing into it, with its own default mode.
+        os.chmod(temporary, mode)
+        _sync_file(temporary)
+        os.replace(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {final}: {error.strerror or error}; check the folder, its free space and "
+                          "permissions") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str, mode: int = 0o644) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_path(path, mode) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], value: Any, mode: int = 0o644) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinities are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse an output that exists, unless it may be overwritten.
+
+    Raises:
+        OutputError: `path` exists (an empty folder doesn't count) and `overwrite` is False, or its parent is a file.
+    """
+    final = Path(path)
+    for parent in final.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise OutputError(f"cannot write {final}: {parent} is a file, not a folder")
+            break
+    in_use = any(final.iterdir()) if final.is_dir() else final.exists()
+    if in_use and not overwrite:
+        raise OutputError(f"{final} exists already; choose another output or pass --overwrite")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its name on success and is removed on failure.
+
+    Raises:
+        OutputError: `path` exists and is not empty, and `overwrite` is False; or the disk refuses.
+    """
+    final = Path(path).absolute()
+    check_output(final, overwrite)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+    except OSError as error:
+        raise OutputError(f"cannot create {final}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        if final.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-old-", dir=final.parent))
+            os.replace(final, retired / final.name)
+            os.replace(temporary, final)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.replace(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {final}: {error.strerror or error}; check free space and permissions") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

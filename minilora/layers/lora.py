@@ -1,0 +1,156 @@
+"""LoRA: a trained low-rank update beside a frozen linear layer.
+
+    y = x Wᵀ + b + scaling · (dropout(x) Aᵀ) Bᵀ         A: (r, in), B: (out, r)
+
+A starts Kaiming-uniform, B at zero, so step 0 computes the base model exactly; at step 1 only B has a gradient
+(∂L/∂A carries a factor B = 0), from then on both.  ``scaling`` is alpha / r (LoRA, arXiv 2106.09685, section 4.1), so
+that alpha, not r, sets the strength of the update; rsLoRA (arXiv 2312.03732) argues for alpha / √r.
+
+DoRA (arXiv 2402.09353, section 4) trains a length for each output row beside the direction:
+
+    y = m · x (W + scaling·BA)ᵀ / ‖W + scaling·BA‖ + b      the norm is per row and carries no gradient (its section 4.3)
+
+The layer asks nothing of the base but to be callable and, for DoRA and merging, to tell its weight: a ``weight``
+parameter, or ``dense_weight()`` where the weight is stored some other way.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError
+
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to attach where.
+
+    Attributes:
+        r: rank, 1 or more. alpha: strength; the update is scaled by alpha/r, or alpha/√r with `use_rslora`.
+        dropout: probability in [0, 1) of zeroing an entry of x on its way into A, while training.
+        target_modules: last name parts of the linears to adapt; default all seven of a block (QLoRA, figure 2: all
+            of them are needed to match 16-bit fine-tuning).
+        use_rslora, use_dora: see the module docstring.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ALL_LINEARS
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"r must be a whole number of at least 1, not {self.r!r}")
+        if not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha must be a positive number, not {self.alpha!r}")
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout!r}")
+        if isinstance(self.target_modules, str):
+            raise ConfigError(f"target_modules is a list of names, not the text {self.target_modules!r}")
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B A."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """A linear layer's (out, in) weight, rebuilt where it is stored in another form."""
+    rebuild = getattr(linear, "dense_weight", None)
+    return rebuild() if rebuild is not None else linear.weight
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank update that is trained while the layer is frozen.
+
+    Parameters are float32 whatever the compute type: an update of 1e-5 beside a weight of 1 is lost in bfloat16.
+
+    Args:
+        base_layer: (..., in) -> (..., out) module with ``in_features`` and ``out_features``; it is frozen here.
+        r, alpha, dropout, use_rslora, use_dora: as in `LoRAConfig`, which checks them.
+        generator: source of A's initial values; default torch's global one.
+
+    Raises: ConfigError: a value out of range.
+    """
+
+    def __init__(self, base_layer: nn.Module, r: int = 16, alpha: float = 32, dropout: float = 0.0,
+                 use_rslora: bool = False, use_dora: bool = False, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        config = LoRAConfig(r, alpha, dropout, use_rslora=use_rslora, use_dora=use_dora)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)
+        self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, dropout, use_rslora
+        self.scaling = config.scaling
+        self.active = True      # False: compute the base alone (`qlora.base_only`)
+        device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), torch.device("cpu"))
+        self.lora_A = nn.utils.skip_init(nn.Linear, self.in_features, self.r, bias=False, dtype=torch.float32, device=device)
+        self.lora_B = nn.utils.skip_init(nn.Linear, self.r, self.out_features, bias=False, dtype=torch.float32, device=device)
+        self.lora_magnitude_vector = nn.Parameter(self._row_norms(0)) if use_dora else None
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: A Kaiming-uniform with a = √5 (bound 1/√in), B zero, DoRA's lengths those of W's rows."""
+        with torch.no_grad():
+            # Drawn on the CPU, so that a seed means the same adapter on every device.
+            initial = torch.empty(self.r, self.in_features)
+            nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
+            self.lora_A.weight.copy_(initial)
+            self.lora_B.weight.zero_()
+            if self.lora_magnitude_vector is not None:
+                self.lora_magnitude_vector.copy_(self._row_norms(0))
+
+    def update(self) -> Tensor:
+        """ΔW = scaling · B A, (out, in) float32.  (With DoRA the merged weight also rescales rows: `merged_weight`.)"""
+        return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    def merged_weight(self, base_weight: Tensor | None = None) -> Tensor:
+        """The (out, in) float32 weight of the plain linear layer that computes the same as this one.
+
+        Args:
+            base_weight: (out, in) to merge into instead of the layer's own base.
+        """
+        merged = (dense_weight(self.base_layer) if base_weight is None else base_weight).float() + self.update()
+        if self.lora_magnitude_vector is not None:
+            merged *= (self.lora_magnitude_vector / merged.norm(dim=1))[:, None]
+        return merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in x's dtype; A and B are rounded to it for the products."""
+        y = self.base_layer(x)
+        if not self.active:
+            return y
+        dropped = F.dropout(x, self.dropout, self.training)
+        low_rank = F.linear(dropped, self.lora_A.weight.to(x.dtype))                       # (..., r)
+        update = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling         # (..., out)
+        if self.lora_magnitude_vector is None:
+            return y + update
+        bias = getattr(self.base_layer, "bias", None)
+        # Dropout acts on the whole adapted path, as in PEFT; without it the base product is already there.
+        base = F.linear(dropped, dense_weight(self.base_layer).to(x.dtype)) if self.training and self.dropout else \
+            y if bias is None else y - bias
+        with torch.no_grad():
+            norms = self._row_norms()
+        rescale = (self.lora_magnitude_vector / norms).to(x.dtype)                         # (out,)
+        return y + (rescale - 1) * base + rescale * update
+
+    def _row_norms(self, update_scale: float = 1.0) -> Tensor:
+        """‖W + scaling·BA‖ per output row, (out,) float32; 0 leaves the update out."""
+        weight = dense_weight(self.base_layer).detach().float()
+        return (weight + self.update().detach() if update_scale else weight).norm(dim=1)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        kind = "" if self.lora_magnitude_vector is None else ", DoRA"
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}{kind}"

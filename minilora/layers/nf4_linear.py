@@ -1,0 +1,110 @@
+"""A frozen linear layer whose weight stays in 4 bits.
+
+    forward    y = x Ŵᵀ + b          Ŵ = dequantize(packed), rebuilt, used, dropped
+    backward   ∂L/∂x = ∂L/∂y Ŵ       Ŵ rebuilt once more; there is no ∂L/∂W, the base is frozen
+
+The arithmetic is 16- or 32-bit; only the storage is 4-bit (QLoRA section 3, equation 5).  Plain autograd would keep Ŵ
+alive from forward to backward, for every layer at once: the whole model in 16 bits.  So the function saves the packed
+tensor, which is alive anyway, and pays for a second rebuild instead.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, quantize_nf4
+
+
+class NF4Product(torch.autograd.Function):
+    """``x Ŵᵀ + b`` that keeps no dense copy of Ŵ for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
+        """x: (..., in), weight: (out, in), bias: (out,) or None -> (..., out), in x's dtype."""
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        """∂L/∂y: (..., out) -> ∂L/∂x: (..., in), and ∂L/∂b: (out,) where a bias is trained."""
+        grad_y, = grads
+        grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
+
+
+class NF4Linear(nn.Module):
+    """A linear layer over an `NF4Tensor`.
+
+    The parts of the weight are buffers, so they follow ``model.to(device)`` and stand in the ``state_dict``:
+    ``packed`` uint8, then ``absmax`` float32, or ``nested_codes`` uint8, ``nested_absmax`` float32, ``nested_offset``.
+    ``model.to(dtype)`` leaves them as they are: constants rounded to 16 bits would be other weights.
+
+    Args:
+        weight: the quantized (out, in) matrix. bias: (out,) or None; frozen.
+    """
+
+    def __init__(self, weight: NF4Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.blocksize = weight.blocksize
+        self.weight_dtype = weight.dtype
+        self.double_quant = weight.nested is not None
+        self.register_buffer("packed", weight.packed)
+        if weight.nested is None:
+            self.register_buffer("absmax", weight.stored_absmax)
+        else:
+            self.nested_blocksize = weight.nested.blocksize
+            self.register_buffer("nested_codes", weight.nested.codes)
+            self.register_buffer("nested_absmax", weight.nested.absmax)
+            self.register_buffer("nested_offset", torch.tensor(weight.nested.offset, dtype=torch.float32))
+            self._offset: tuple[Tensor, int, float] | None = None
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
+        """Quantize a dense layer.
+
+        Raises: QuantizationError: the weight is not finite.
+        """
+        return cls(quantize_nf4(linear.weight, blocksize, double_quant), linear.bias)
+
+    @property
+    def quantized(self) -> NF4Tensor:
+        """The weight as an `NF4Tensor` that shares the layer's storage."""
+        shape = torch.Size((self.out_features, self.in_features))
+        if not self.double_quant:
+            return NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, stored_absmax=self.absmax)
+        # The offset is read off the device once, and again only after it was replaced or written to (load_state_dict).
+        offset = self.nested_offset
+        if self._offset is None or self._offset[0] is not offset or self._offset[1] != offset._version:
+            self._offset = (offset, offset._version, float(offset))
+        nested = NestedAbsmax(self.nested_codes, self.nested_absmax, self._offset[2], self.nested_blocksize)
+        return NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, nested=nested)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Ŵ: a new (out, in) tensor, in `dtype` or the type the weight was quantized from."""
+        return self.quantized.dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype, which is the compute type."""
+        return NF4Product.apply(x, self.quantized, self.bias)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"nf4 blocks of {self.blocksize}, double_quant={self.double_quant}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # Trap: nn.Module.to(bfloat16) casts every floating buffer; the block constants must stay float32.
+        constants = {id(buffer) for buffer in self.buffers(recurse=False)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in constants and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(move, recurse)

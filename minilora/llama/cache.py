@@ -1,0 +1,42 @@
+"""The key/value cache: what attention needs of the tokens that were already read.
+
+Allocated once for the longest sequence and filled in place, so decoding a token allocates nothing.  Grouped-query
+attention shows its worth here: bytes = 2 · layers · B · Hkv · length · head_dim · (bytes per number).
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minilora.errors import ConfigError
+from minilora.llama.config import LlamaConfig
+
+
+class KVCache:
+    """Keys and values of every layer, for a batch of sequences of one padded length.
+
+    Args:
+        batch: sequences. max_length: tokens it can hold, padding included. dtype, device: those of the model.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length, self.max_length = 0, max_length
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's (B, Hkv, T, d) behind what is there; returns all of it, (B, Hkv, S, d).
+
+        Raises: ConfigError: the cache is full.
+        """
+        stop = self.length + k.shape[2]
+        if stop > self.max_length:
+            raise ConfigError(f"the key/value cache holds {self.max_length} tokens, {stop} are needed")
+        self.keys[layer, :, :, self.length : stop] = k
+        self.values[layer, :, :, self.length : stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that every layer has appended."""
+        self.length += tokens

@@ -1,0 +1,228 @@
+"""Hugging Face model folders, read and written one tensor at a time.
+
+Loading needs the memory of the result plus one tensor: the model is built without memory ("meta"), every name and shape
+is compared with what the files hold, and then each tensor is read, quantized or converted, put in its place and released
+before the next.  A 7B model passes from 13.5 GB on disk into 3.9 GB of memory without ever lying there in 16 bits.
+
+Quantized are the linears of the blocks (q, k, v, o, gate, up, down); embeddings, norms and the head stay 16-bit, as in
+the paper's implementation.  The weights are quantized from the values in the file, not from a 16-bit rounding of them.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minilora.errors import CheckpointError, ConfigError, QuantizationError
+from minilora.files import write_json
+from minilora.layers.lora import ALL_LINEARS
+from minilora.layers.nf4_linear import NF4Linear
+from minilora.llama.bnb_format import check_quantization_config, quantized_linears, read_nf4, read_state, refuse_adapters
+from minilora.llama.config import LlamaConfig
+from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.safetensors_file import Pending, write_safetensors
+from minilora.llama.strict_json import read_object
+from minilora.llama.weights import WeightFiles
+from minilora.quant.nf4 import NF4Tensor, quantize_nf4
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")      # tables that the model derives itself
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One parameter to fill: from `key`; `rows` is above the file's where the vocabulary is padded."""
+
+    name: str
+    key: str
+    rows: int
+    four_bit: bool
+
+
+def _plan(model: LlamaForCausalLM, weights: WeightFiles, pad_vocab: bool, folder: Path) -> list[_Step]:
+    """Match the model's parameters with the files' tensors, in file order; reads no weights.
+
+    Raises: CheckpointError: missing, unexpected, of another shape or type, or too few rows in the vocabulary's tables.
+    """
+    tied = model.config.tie_word_embeddings
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if not (tied and name == HEAD)}
+    groups = quantized_linears(weights.entries)
+    steps = []
+    for name, shape in wanted.items():
+        key = HEAD if tied and name == EMBEDDING and EMBEDDING not in weights.entries else name
+        entry = weights.entries.get(key)
+        if entry is None:
+            raise CheckpointError(f"{folder}: {name} {shape} is missing from {weights.source}; config.json needs it: fetch both "
+                                  "from one upload")
+        module = name.removesuffix(".weight")
+        if module in groups:
+            if not isinstance(model.get_submodule(module), nn.Linear):
+                raise CheckpointError(f"{weights.place(key)}: is stored in 4 bits, which only linears may be")
+            read_state(weights, module, shape)
+        else:
+            if entry.dtype not in FLOATS:
+                raise CheckpointError(f"{weights.place(key)}: has type {entry.dtype_name}; expected a floating type")
+            _check_shape(weights, key, shape, name in (EMBEDDING, HEAD), pad_vocab)
+        steps.append(_Step(name, key, shape[0], module in groups))
+    used = {step.key for step in steps} | {key for name, keys in groups.items() if f"{name}.weight" in wanted for key in keys}
+    for key in weights.entries:
+        if key not in used and not HARMLESS.search(key) and not (tied and key == HEAD):
+            raise CheckpointError(f"{weights.place(key)} {weights.entries[key].shape}: unexpected, config.json has no place for it; "
+                                  "fetch both from one upload")
+    return sorted(steps, key=lambda step: (weights.entries[step.key].file, weights.entries[step.key].start))
+
+
+def _check_shape(weights: WeightFiles, key: str, shape: tuple[int, ...], is_table: bool, pad_vocab: bool) -> None:
+    found = weights.entries[key].shape
+    if found == shape:
+        return
+    if is_table and len(found) == 2 and found[1:] == shape[1:] and 0 < found[0] < shape[0]:
+        if pad_vocab:
+            return
+        raise CheckpointError(f"{weights.place(key)}: has {found[0]} rows, but config.json says vocab_size {shape[0]}; pass "
+                              "--pad-vocab (pad_vocab=True) to fill the rest with the mean row, or fetch the other upload")
+    raise CheckpointError(f"{weights.place(key)}: shape {found}, but config.json needs {shape}; fetch both from one upload")
+
+
+def _pad_rows(table: Tensor, rows: int) -> Tensor:
+    """`table` (n, hidden) with its mean row repeated below, up to `rows`."""
+    padded = table.new_empty(rows, table.shape[1])
+    padded[:table.shape[0]] = table
+    padded[table.shape[0]:] = table.float().mean(0)
+    return padded
+
+
+def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4", double_quant: bool = True, blocksize: int = 64,
+                    dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", pad_vocab: bool = False,
+                    progress: bool = False) -> LlamaForCausalLM:
+    """Load a Hugging Face folder (Llama, Mistral, Qwen2), streamed; 16-bit, 32-bit or already 4-bit.
+
+    Args:
+        folder: with config.json and the weights, as safetensors or .bin, single or sharded.
+        quantize: "nf4", or None for dense linears. A folder in 4 bits keeps its own block size and nesting under "nf4",
+            and is dequantized under None.
+        double_quant, blocksize: of the linears quantized here.
+        dtype: of everything that is not 4-bit, and the compute type.
+        pad_vocab: fill tables that have fewer rows than config.json says with their mean row, instead of refusing.
+        progress: show a bar with bytes, rate and time left.
+
+    Returns: the model in eval mode.
+    Raises: CheckpointError: files missing, cut short or not matching config.json; one line, before memory is taken where
+        the headers tell. ConfigError: an argument.
+    Guarantee: peak memory is that of the result and one tensor (tests/llama/test_checkpoint.py).
+    """
+    folder = Path(folder)
+    if quantize not in ("nf4", None):
+        raise ConfigError(f"quantize must be 'nf4' or None, found {quantize!r}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json, weights and a tokenizer")
+    config = LlamaConfig.from_json(folder / "config.json")
+    check_quantization_config(read_object(folder / "config.json"), str(folder / "config.json"))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    weights = WeightFiles(folder)
+    steps = _plan(model, weights, pad_vocab, folder)
+    total = sum(weights.entries[step.key].nbytes for step in steps)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=not progress)
+    with torch.no_grad(), bar:
+        for step in steps:
+            _fill(model, weights, step, quantize is not None, double_quant, blocksize, dtype, torch.device(device))
+            bar.update(weights.entries[step.key].nbytes)
+        if config.tie_word_embeddings:
+            _tie(model, weights, steps)
+    weights.close()
+    return model.eval()
+
+
+def _fill(model: LlamaForCausalLM, weights: WeightFiles, step: _Step, quantize: bool, double_quant: bool, blocksize: int,
+          dtype: torch.dtype, device: torch.device) -> None:
+    """Read one tensor and put it where it belongs."""
+    name, _, leaf = step.name.rpartition(".")
+    module = model.get_submodule(name)
+    is_block_linear = isinstance(module, nn.Linear) and leaf == "weight" and name.rpartition(".")[2] in ALL_LINEARS
+    if step.four_bit:
+        quantized = read_nf4(weights, name, (module.out_features, module.in_features)).to(device)
+        if quantize:
+            _make_nf4(model, name, quantized)
+            return
+        value = quantized.dequantize(dtype)
+    elif quantize and is_block_linear:
+        try:
+            quantized = quantize_nf4(weights.borrow(step.key).to(device), blocksize, double_quant)
+        except QuantizationError as error:
+            raise CheckpointError(f"{weights.place(step.key)}: {error}") from error
+        # Recorded as the model's type: it is what the dense weight is in this model.
+        _make_nf4(model, name, NF4Tensor(quantized.packed, quantized.shape, dtype, blocksize, quantized.stored_absmax,
+                                         quantized.nested))
+        return
+    else:
+        value = weights.read(step.key).to(device=device, dtype=dtype)
+        if value.shape[0] < step.rows:
+            value = _pad_rows(value, step.rows)
+    setattr(module, leaf, nn.Parameter(value))
+
+
+def _make_nf4(model: LlamaForCausalLM, name: str, quantized: NF4Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    linear = model.get_submodule(name)
+    setattr(model.get_submodule(parent), child, NF4Linear(quantized, linear.bias))
+
+
+def _tie(model: LlamaForCausalLM, weights: WeightFiles, steps: list[_Step]) -> None:
+    """Share the embedding with the head, after making sure that the file has no other head."""
+    if HEAD in weights.entries and EMBEDDING in weights.entries:
+        if weights.entries[HEAD].shape != weights.entries[EMBEDDING].shape or not torch.equal(weights.borrow(HEAD),
+                                                                                              weights.read(EMBEDDING)):
+            raise CheckpointError(f"{weights.place(HEAD)}: differs from {EMBEDDING}, though config.json says "
+                                  "tie_word_embeddings; set that to false if the head is its own")
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def save_checkpoint(model: LlamaForCausalLM, folder: Path | str, dtype: torch.dtype | None = None,
+                    max_shard_bytes: int = 5_000_000_000, progress: bool = False) -> None:
+    """Write a plain Hugging Face folder: config.json and model.safetensors, or shards and their index.
+
+    4-bit linears are written dequantized, one at a time.
+
+    Args:
+        model: without adapters. folder: exists; its other files are left alone. dtype: of every tensor, default the model's.
+        max_shard_bytes: a file holds at most this many bytes of weights, or one tensor.
+
+    Raises: CheckpointError: an adapter is not merged. OutputError: the folder cannot be written.
+    """
+    folder, dtype = Path(folder), dtype or model.dtype
+    refuse_adapters(model)
+    tensors = []
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            tensors.append(Pending(f"{name}.weight", dtype, (module.out_features, module.in_features), _dense(module, dtype)))
+    for name, parameter in model.named_parameters():        # a tied head is listed once, as the embedding
+        tensors.append(Pending(name, dtype, tuple(parameter.shape), parameter.detach))
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+                                                            for i in range(len(shards))]
+    total = sum(tensor.nbytes for tensor in tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="save", disable=not progress) as bar:
+        for name, shard in zip(names, shards):
+            write_safetensors(folder / name, shard, bar.update)
+    if len(shards) > 1:
+        weight_map = {tensor.key: name for name, shard in zip(names, shards) for tensor in shard}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "config.json", {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _dense(layer: NF4Linear, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: layer.dense_weight(dtype)

@@ -1,0 +1,192 @@
+"""Llama in four ideas, with Hugging Face's module names so that checkpoints and adapters need no mapping.
+
+    RMSNorm   x / √(mean(x²) + ε) · g                       no mean is subtracted (arXiv 1910.07467)
+    RoPE      positions as rotations of q and k             `rotary` (arXiv 2104.09864)
+    GQA       several query heads share a key/value head    a smaller cache (arXiv 2305.13245)
+    SwiGLU    down( silu(gate(x)) · up(x) )                 a gated MLP (arXiv 2002.05202)
+
+    block:    x + attention(norm(x)),  then  x + mlp(norm(x))
+
+The model knows nothing of quantization or LoRA: its linears are modules that are called, and others replace them.
+Source: Llama (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral (2310.06825), Qwen2 (2407.10671).
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minilora.errors import ConfigError
+from minilora.llama.cache import KVCache
+from minilora.llama.config import LlamaConfig
+from minilora.llama.masks import attention_masks
+from minilora.llama.rotary import inverse_frequencies, rotate, rotation
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · weight, computed in float32 and rounded before the weight is applied, as Hugging Face does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions; query head h reads key/value head h // (H / Hkv)."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        shapes, qkv_bias = config.linear_shapes(), config.qkv_bias or config.attention_bias
+        self.q_proj = _linear(shapes["q_proj"], qkv_bias)
+        self.k_proj = _linear(shapes["k_proj"], qkv_bias)
+        self.v_proj = _linear(shapes["v_proj"], qkv_bias)
+        self.o_proj = _linear(shapes["o_proj"], config.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x: (B, T, hidden); mask: bool (B, 1, T, S), True = may attend, or None = causal -> (B, T, hidden)."""
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)          # (B, H, T, d)
+        k = self.k_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)          # (B, Hkv, T, d)
+        v = self.v_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
+        shared = q.shape[1] != k.shape[1]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
+                                                  enable_gqa=shared)
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU: down( silu(gate(x)) · up(x) )."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        shapes = config.linear_shapes()
+        self.gate_proj = _linear(shapes["gate_proj"], config.mlp_bias)
+        self.up_proj = _linear(shapes["up_proj"], config.mlp_bias)
+        self.down_proj = _linear(shapes["down_proj"], config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """One block: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LlamaForCausalLM(nn.Module):
+    """A Llama with its head.
+
+    Attributes: `config`; `gradient_checkpointing`: recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one Parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
+        """Normal weights, zero biases, ones for norms: where pretraining starts."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    module.weight.normal_(0.0, std, generator=generator)
+                    if isinstance(module, nn.Linear) and module.bias is not None:
+                        module.bias.zero_()
+                elif isinstance(module, RMSNorm):
+                    module.weight.fill_(1.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type: that of the embedding."""
+        return self.model.embed_tokens.weight.dtype
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+               cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: None (all real); (B, S) with 1 = real token, padded left or right, S = cached + T; or bool
+                (B, 1, T, S), True = may attend, used as it is (tree decoding).
+            position_ids: (B, T); default the count of real tokens before each.
+            cache: keys and values of earlier tokens; this call's are appended.
+
+        Returns: (B, T, hidden).
+        Raises: ConfigError: shapes don't fit, or the cache is full.
+        """
+        past = cache.length if cache is not None else 0
+        batch, length = input_ids.shape
+        if attention_mask is not None and attention_mask.shape[-1] != past + length:
+            raise ConfigError(f"attention_mask covers {attention_mask.shape[-1]} positions, needed are {past} cached + {length} new")
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+            else:
+                position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
+        masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
+        x = self.model.embed_tokens(input_ids)                                             # (B, T, hidden)
+        cos, sin = rotation(position_ids, inverse_frequencies(self.config, x.device), x.dtype)
+        recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
+        for layer, mask in zip(self.model.layers, masks, strict=True):
+            # Trap: reentrant checkpointing trains nothing when its inputs are frozen (LoRA over frozen embeddings).
+            x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False) if recompute else layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(length)
+        return self.model.norm(x)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits: (B, T, vocab), or (B, 1, vocab) with `last_only`; arguments as in `hidden`."""
+        x = self.hidden(input_ids, attention_mask, position_ids, cache)
+        return self.lm_head(x[:, -1:] if last_only else x)
+
+
+def _linear(shape: tuple[int, int], bias: bool) -> nn.Linear:
+    return nn.Linear(shape[1], shape[0], bias=bias)

@@ -1,0 +1,141 @@
+"""The safetensors format, read and written one tensor at a time.
+
+    8 bytes      length of the header, little-endian
+    header       JSON: {"key": {"dtype": "BF16", "shape": [out, in], "data_offsets": [from, to]}, ...}, padded with spaces
+    data         the tensors' bytes
+
+The library checks the header (sizes, overlaps, a file cut short); the data is read with plain `readinto`, because a
+memory map counts every page it touched as this process's memory, and a 13 GB checkpoint must pass through a few MB.
+Writing is streamed for the same reason: the library's `save_file` wants all tensors at once.
+
+Source: the format's description at github.com/huggingface/safetensors.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minilora.errors import CheckpointError
+from minilora.files import atomic_path
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `start` is its first byte in `file`; `dtype` is None for a type torch has no name for here."""
+
+    key: str
+    file: Path
+    dtype_name: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a safetensors file, in no promised order; no tensor data is read.
+
+    Raises: CheckpointError: unreadable, not safetensors, or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt"):       # the library's checks, all of them, on the header and the file's size
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        detail = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not a whole safetensors file, probably a download cut short ({detail}); fetch it "
+                              "again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its safetensors header is not readable; fetch it again") from error
+    entries = {}
+    for key, value in header.items():
+        if key != "__metadata__":
+            start, end = value["data_offsets"]
+            entries[key] = TensorEntry(key, path, value["dtype"], DTYPES.get(value["dtype"]), tuple(value["shape"]),
+                                       8 + length + start, end - start)
+    return entries
+
+
+def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
+    """Read one tensor.
+
+    Args:
+        entry: from `read_header`. buffer: (at least nbytes,) uint8 to read into; default a new one.
+
+    Returns: a tensor of the entry's shape and dtype; with `buffer`, a view of it.
+    Raises: CheckpointError: a type this loader cannot read, or the file shrank since its header was read.
+    """
+    if entry.dtype is None:
+        raise CheckpointError(f"{entry.file}: {entry.key} has type {entry.dtype_name}, which this loader cannot read")
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8) if buffer is None else buffer[:entry.nbytes]
+    view = memoryview(raw.numpy())
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            done = 0
+            while done < entry.nbytes:              # Trap: one read call returns 2 GiB at most
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{entry.file}: ends inside {entry.key}; it changed while it was read")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{entry.file}: cannot be read ({error.strerror or error})") from error
+    return raw.view(entry.dtype).view(entry.shape)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor to be written: its description, and how to make it when its turn comes."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Iterable[Pending], done: Callable[[int], object] | None = None) -> None:
+    """Write a safetensors file, atomically, making and releasing one tensor at a time.
+
+    Args:
+        path: the file. tensors: what to write; keys are distinct. done: called with the bytes of each tensor written.
+
+    Guarantee: the same tensors give the same bytes, and the library reads them (tests/llama/test_checkpoint.py).
+    Raises: OutputError: the folder is missing, read-only or full.
+    """
+    # Widest type first, as the library does: every tensor then starts on a multiple of its item size.
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in ordered:
+        header[tensor.key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                              "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            value = tensor.make().detach().to(device="cpu", dtype=tensor.dtype).contiguous()
+            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            if done is not None:
+                done(tensor.nbytes)

@@ -1,0 +1,253 @@
+"""Text to token ids and back, with exactly one BOS.
+
+The `tokenizers` library does the work.  What is decided here is what model folders leave open:
+
+- **BOS.**  Some repositories add it in the tokenizer's post-processor and some leave it to the caller.  Post-processors
+  are not run here: `encode(text, bos=True)` puts one BOS in front, whatever the file says.
+- **Text that spells a control token.**  "<s>" inside a note is three characters.  BOS, EOS, PAD and UNK are never read
+  out of text, so text cannot smuggle in a second BOS or an early end.  Other added tokens, such as "<|im_start|>", are
+  read out of text as everywhere else, because chat templates need them.
+- **Which tokens they are.**  tokenizer_config.json, then special_tokens_map.json; where neither names one, config.json
+  and at last the tokenizer itself.  A folder that says ``"bos_token": null`` (Qwen2) has no BOS and none is added.
+- **Padding** is never the end token's stand-in: a folder that pads with EOS counts as having no PAD.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from minilora.errors import CheckpointError
+from minilora.files import atomic_path
+from minilora.llama.sentencepiece import CONTROL, UNKNOWN, read_sentencepiece, to_tokenizers
+from minilora.llama.strict_json import parse_object, read_bytes
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "chat_template.jinja")
+# Spellings of the last resort, for a folder that holds nothing but the tokenizer.
+KNOWN = {"bos": ("<s>", "<|begin_of_text|>", "<bos>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
+         "pad": ("<pad>", "<PAD>", "[PAD]", "<|pad|>"), "unk": ("<unk>", "[UNK]")}
+
+
+class Tokenizer:
+    """A model's tokenizer; make one with `load_tokenizer`.
+
+    Attributes:
+        bos_id, eos_id, pad_id: token ids, or None where the model has no such token.
+        vocab_size: one more than the largest id, added tokens included.
+        special_ids: ids that `decode` leaves out.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None, pad_id: int | None,
+                 special_ids: Iterable[int], files: dict[str, bytes]) -> None:
+        backend.encode_special_tokens = True        # control tokens spelled in text stay text
+        backend.no_padding()                        # Trap: a tokenizer.json may carry its trainer's padding and truncation
+        backend.no_truncation()
+        self._backend, self._files = backend, files
+        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.special_ids = frozenset(special_ids) | {token for token in (bos_id, eos_id, pad_id) if token is not None}
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of `text`, in front of them one BOS if `bos` and the model has one.
+
+        Guarantee: BOS stands nowhere else; every id is below `vocab_size`; no EOS is added.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):     # a lone surrogate, which UTF-8 cannot hold: U+FFFD instead
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        if self.bos_id is None:
+            return ids
+        if self.bos_id in ids:                      # a vocabulary that spells BOS as an ordinary word
+            ids = [token for token in ids if token != self.bos_id]
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of token ids, without BOS, EOS, PAD and the other special tokens unless asked for.
+
+        Bytes that form no character come out as U+FFFD.  A SentencePiece decoder drops the one leading space that its
+        encoder added.
+        """
+        kept = [int(token) for token in ids]
+        if skip_special:
+            kept = [token for token in kept if token not in self.special_ids]
+        return str(self._backend.decode(kept, skip_special_tokens=False))
+
+    def token(self, token_id: int | None) -> str | None:
+        """The spelling of a token in the vocabulary, or None."""
+        return None if token_id is None else self._backend.id_to_token(token_id)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer's files into `folder`, so that `load_tokenizer(folder)` is this tokenizer again.
+
+        The original files are copied byte for byte; tokenizer_config.json also gets the special tokens that were found
+        elsewhere, since the folder's config.json may be another or none.
+
+        Raises: OutputError: the folder cannot be written.
+        """
+        files = dict(self._files)
+        config = parse_object(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
+        missing = {f"{name}_token": self.token(token) for name, token in
+                   (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)) if config.get(f"{name}_token") is None}
+        if any(name not in config or config[name] != token for name, token in missing.items()):
+            config = {**config, **missing}
+            if "tokenizer.json" in files:
+                config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+            files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            with atomic_path(Path(folder) / name) as temporary:
+                temporary.write_bytes(content)
+
+
+def _spelling(value: object, source: str, key: str) -> str | None:
+    """A special token's text: a string, or an object with "content", or null."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is None or isinstance(value, str):
+        return value
+    raise CheckpointError(f"{source}: {key} must be a text, found {type(value).__name__}")
+
+
+def _find_specials(folder: Path, files: dict[str, bytes], backend: tokenizers.Tokenizer) -> dict[str, int | None]:
+    """The ids of bos, eos, pad and unk, as the module docstring orders the sources."""
+    def settings(name: str) -> dict[str, Any]:
+        return parse_object(files[name], str(folder / name)) if name in files else {}
+
+    sources = {name: settings(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+    config_file = folder / "config.json"
+    config = parse_object(read_bytes(config_file), str(config_file)) if config_file.is_file() else {}
+    found: dict[str, int | None] = {}
+    for name, spellings in KNOWN.items():
+        key = f"{name}_token"
+        named = {source: _spelling(values[key], str(folder / source), key) for source, values in sources.items() if key in values}
+        source, text = next(((s, t) for s, t in named.items() if t is not None), ("", None))
+        if text is not None:
+            found[name] = backend.token_to_id(text)
+            if found[name] is None and name in ("bos", "eos"):
+                raise CheckpointError(f"{folder / source}: {key} {text!r} is not in the vocabulary; fetch the tokenizer's "
+                                      "files of one upload")
+        elif named:
+            found[name] = None                          # said to be absent
+        else:
+            found[name] = _from_config(config, name, backend)
+            if found[name] is None:
+                found[name] = next((i for i in map(backend.token_to_id, spellings) if i is not None), None)
+    if found["pad"] == found["eos"]:
+        found["pad"] = None
+    return found
+
+
+def _from_config(config: dict[str, Any], name: str, backend: tokenizers.Tokenizer) -> int | None:
+    # Trap: Qwen2's config.json gives a bos_token_id, yet the model never saw a BOS; its tokenizer says null.
+    if name == "bos" and config.get("model_type") == "qwen2":
+        return None
+    value = config.get(f"{name}_token_id")
+    if isinstance(value, list) and value:               # Llama 3 lists several end tokens, the end of text first
+        value = value[0]
+    known = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and backend.id_to_token(value) is not None
+    return value if known else None
+
+
+def _added_tokens(folder: Path, files: dict[str, bytes]) -> dict[int, AddedToken]:
+    """Tokens behind the SentencePiece pieces, from tokenizer_config.json or added_tokens.json, by id."""
+    added: dict[int, AddedToken] = {}
+    if "added_tokens.json" in files:
+        source = str(folder / "added_tokens.json")
+        for text, token_id in parse_object(files["added_tokens.json"], source).items():
+            if not isinstance(token_id, int) or isinstance(token_id, bool):
+                raise CheckpointError(f"{source}: {text!r} must have a whole number as its id, found {token_id!r}")
+            if token_id in added:
+                raise CheckpointError(f"{source}: two tokens have the id {token_id}; fetch it again")
+            added[token_id] = AddedToken(text, normalized=False)
+    if "tokenizer_config.json" in files:
+        source = str(folder / "tokenizer_config.json")
+        decoder = parse_object(files["tokenizer_config.json"], source).get("added_tokens_decoder") or {}
+        for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+            if not number.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+                raise CheckpointError(f"{source}: added_tokens_decoder has a malformed entry {number!r}; fetch it again")
+            flags = {flag: bool(entry.get(flag, False)) for flag in ("lstrip", "rstrip", "single_word", "special")}
+            added[int(number)] = AddedToken(entry["content"], normalized=False, **flags)
+    return added
+
+
+def _from_sentencepiece(folder: Path, name: str, files: dict[str, bytes]) -> tuple[tokenizers.Tokenizer, set[int]]:
+    """The encoder of a tokenizer.model with the folder's added tokens, and the special ids."""
+    model = read_sentencepiece(folder / name)
+    backend = to_tokenizers(model)
+    special = {number for number, piece in enumerate(model.pieces) if piece.kind in (CONTROL, UNKNOWN)}
+    for token_id, token in sorted(_added_tokens(folder, files).items()):
+        size = backend.get_vocab_size(with_added_tokens=True)
+        known = backend.id_to_token(token_id)
+        if known is None and token_id == size and backend.token_to_id(token.content) is None:
+            plain = AddedToken(token.content, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip,
+                               single_word=token.single_word)
+            backend.add_tokens([plain])
+        elif known != token.content:
+            raise CheckpointError(f"{folder}: added token {token.content!r} has id {token_id}, but " +
+                                  (f"that id is {known!r}" if known is not None else f"the next free id is {size}") +
+                                  "; fetch the tokenizer's files of one upload")
+        if token.special:
+            special.add(token_id)
+    return backend, special
+
+
+def _from_json(folder: Path, name: str, files: dict[str, bytes]) -> tuple[tokenizers.Tokenizer, set[int]]:
+    """The encoder of a tokenizer.json, and the special ids."""
+    path = folder / name
+    content = parse_object(files[name], str(path))
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) and isinstance(token.get("id"), int) for token in added):
+        raise CheckpointError(f"{path}: added_tokens is malformed; fetch the file again")
+    try:
+        return tokenizers.Tokenizer.from_buffer(files[name]), {token["id"] for token in added if token.get("special")}
+    except Exception as error:                          # the library raises plain Exception
+        detail = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path}: not a tokenizer ({detail}); fetch it again") from error
+
+
+def _only_control_is_special(backend: tokenizers.Tokenizer, control: set[int]) -> tokenizers.Tokenizer:
+    """The same encoder, in which exactly the control tokens are never read out of text (`encode_special_tokens`)."""
+    if all(token.special == (token_id in control) for token_id, token in backend.get_added_tokens_decoder().items()):
+        return backend
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["id"] in control
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Read a model folder's tokenizer, or one tokenizer.json or tokenizer.model file.
+
+    Args:
+        path: a folder (tokenizer.json is preferred to tokenizer.model), or the file.
+
+    Raises: CheckpointError: no tokenizer there, or a file of it is broken; names the file.
+    Guarantee: a tokenizer.model gives the ids of the sentencepiece library (tests/peers/test_sentencepiece.py).
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder")
+    files = {name: read_bytes(folder / name) for name in FILES if (folder / name).is_file()}
+    if path.is_file():
+        files[path.name] = read_bytes(path)
+        name = path.name
+    else:
+        name = next((name for name in FILES[:2] if name in files), "")
+    if not name:
+        raise CheckpointError(f"{folder}: no tokenizer: neither tokenizer.json nor tokenizer.model; fetch one of them")
+    if name.endswith(".model"):
+        backend, special = _from_sentencepiece(folder, name, files)
+    else:
+        backend, special = _from_json(folder, name, files)
+    found = _find_specials(folder, files, backend)
+    control = {token for token in found.values() if token is not None}
+    return Tokenizer(_only_control_is_special(backend, control), found["bos"], found["eos"], found["pad"], special | control,
+                     files)

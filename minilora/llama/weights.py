@@ -1,0 +1,191 @@
+"""The tensors of a model folder, whatever files they lie in, read one at a time.
+
+    model.safetensors | model.safetensors.index.json + shards      preferred where both kinds exist
+    pytorch_model.bin | pytorch_model.bin.index.json + shards      pickled; read with weights_only, so no code runs
+
+`WeightFiles` knows every key, shape and type before any data is read, so a folder that does not fit is refused before it
+takes memory.  The order of an index file means nothing: tensors are found by key.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.errors import CheckpointError
+from minilora.llama.safetensors_file import TensorEntry, read_header, read_tensor
+from minilora.llama.strict_json import read_object
+
+KINDS = (("model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"),
+         ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*-of-*.bin"))
+
+
+def shard_path(folder: Path, name: object, named_by: str) -> Path:
+    """A shard's path, kept inside the folder.
+
+    Args:
+        folder: of the model. name: as the index gives it. named_by: the index, for the error.
+
+    Raises: CheckpointError: not a plain file name, a link that leaves the folder, or no such file.
+    Note: the Hugging Face cache's links (snapshots/<revision>/file -> ../../blobs/<hash>) are followed, no others.
+    """
+    if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\x00]", name):
+        raise CheckpointError(f"{named_by}: shard {name!r} is not a plain file name; shards must lie beside their index")
+    path = folder / name
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing, though {named_by} names it; fetch the shard and put it there")
+    if path.is_symlink():
+        root = folder.resolve()
+        target = Path(os.path.normpath(root / os.readlink(path)))
+        blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+        if target.parent != blobs and not path.resolve().is_relative_to(root):
+            raise CheckpointError(f"{path}: is a link that leaves the model's folder; copy the file here instead")
+    return path
+
+
+def _shards(folder: Path, index: str) -> tuple[list[Path], dict[str, Path]]:
+    """The files an index names, and its key -> file."""
+    weight_map = read_object(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / index}: no weight_map; fetch the index again")
+    files: dict[str, Path] = {}
+    for name in weight_map.values():
+        if not isinstance(name, str) or name not in files:
+            files[name] = shard_path(folder, name, str(folder / index))
+    return sorted(files.values()), {key: files[name] for key, name in weight_map.items()}
+
+
+def find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Path] | None]:
+    """Which files hold the weights: (the file that says so, weight files, the index's key -> file or None).
+
+    Raises: CheckpointError: none, an index that is missing or wrong, or a shard that is missing.
+    """
+    for single, index, _ in KINDS:
+        if (folder / single).exists() or (folder / single).is_symlink():
+            return single, [shard_path(folder, single, "a broken link")], None
+        if (folder / index).exists():
+            return index, *_shards(folder, index)
+    for _, index, pattern in KINDS:
+        found = sorted(path.name for path in folder.glob(pattern))
+        if found:
+            raise CheckpointError(f"{folder}: has shards ({found[0]} …) but no {index}; fetch the index as well")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: holds an adapter, no model; name its base with --model and this folder with --adapter")
+    raise CheckpointError(f"{folder}: no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+def _drop_pages(tensor: Tensor) -> None:
+    """Let go of a mapped file's pages once they were copied, so that the process's memory doesn't grow with the file."""
+    if os.name == "posix":
+        page, storage = os.sysconf("SC_PAGE_SIZE"), tensor.untyped_storage()
+        start = -(-storage.data_ptr() // page) * page
+        length = (storage.data_ptr() + storage.nbytes() - start) // page * page
+        madvise = getattr(ctypes.CDLL(None), "madvise", None)
+        if madvise is not None and length > 0:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)     # 4: MADV_DONTNEED; a read brings the page back
+
+
+def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Unpickle a .bin file's tensors: (key -> tensor, whether they are mapped from the file)."""
+    mapped = zipfile.is_zipfile(path)       # the format since torch 1.6; older files cannot be mapped
+    try:
+        if not mapped and path.open("rb").read(4) == b"PK\x03\x04":
+            raise CheckpointError(f"{path}: cut short (its table of contents, which stands last, is missing); fetch it again")
+        content: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise CheckpointError(f"{path}: refused: it holds Python code ({code[1]}), not only tensors; nothing of it was run. "
+                                  "Use a safetensors copy from a source you trust") from error
+        raise CheckpointError(f"{path}: not a file of tensors, or cut short; fetch it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"{path}: not a whole .bin file ({detail}); fetch it again") from error
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        raise CheckpointError(f"{path}: must hold a flat dictionary of tensors, as Hugging Face writes it; this is another format")
+    return {key: value.detach() for key, value in content.items()}, mapped
+
+
+class WeightFiles:
+    """Every tensor of a model folder, by key.
+
+    Args:
+        folder: of the model.
+
+    Attributes:
+        entries: key -> `TensorEntry` (shape, type, file), complete before any data is read.
+
+    Raises: CheckpointError: as `find_weights`; a file cut short; a key in two files, or not where the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.source, files, index = find_weights(folder)
+        self.entries: dict[str, TensorEntry] = {}
+        self._bin: tuple[Path, dict[str, Tensor], bool] | None = None
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        for file in files:
+            for key, entry in (self._bin_header(file) if file.suffix == ".bin" else read_header(file)).items():
+                if key in self.entries:
+                    raise CheckpointError(f"{key}: stands in {self.entries[key].file.name} and in {file.name} of {folder}; "
+                                          "remove one of them")
+                self.entries[key] = entry
+        for key, file in (index or {}).items():
+            if key not in self.entries or self.entries[key].file != file:
+                raise CheckpointError(f"{folder / self.source}: says that {key} is in {file.name}, but it is not; fetch the "
+                                      "index and the shard of one upload")
+
+    def _bin_header(self, file: Path) -> dict[str, TensorEntry]:
+        tensors = self._open_bin(file)
+        return {key: TensorEntry(key, file, str(tensor.dtype).removeprefix("torch."), tensor.dtype, tuple(tensor.shape), order,
+                                 tensor.numel() * tensor.dtype.itemsize) for order, (key, tensor) in enumerate(tensors.items())}
+
+    def _open_bin(self, file: Path) -> dict[str, Tensor]:
+        if self._bin is None or self._bin[0] != file:
+            self._bin = None                # one shard at a time
+            self._bin = (file, *_load_bin(file))
+        return self._bin[1]
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        return self._read(self.entries[key], None)
+
+    def borrow(self, key: str) -> Tensor:
+        """One tensor, in a buffer that the next `borrow` overwrites: for what is quantized and not kept.
+
+        Why: fresh memory is faulted in page by page, several times slower than a buffer that is used again.
+        """
+        entry = self.entries[key]
+        if self._scratch.numel() < entry.nbytes:
+            self._scratch = torch.empty(0, dtype=torch.uint8)       # release the old one first
+            self._scratch = torch.empty(entry.nbytes, dtype=torch.uint8)
+        return self._read(entry, self._scratch)
+
+    def _read(self, entry: TensorEntry, buffer: Tensor | None) -> Tensor:
+        if entry.file.suffix != ".bin":
+            return read_tensor(entry, buffer)
+        tensor = self._open_bin(entry.file)[entry.key]
+        mapped = self._bin is not None and self._bin[2]
+        if buffer is None:
+            result = tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            result = buffer[:entry.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if mapped:
+            _drop_pages(tensor)
+        return result
+
+    def place(self, key: str) -> str:
+        """`key` and its file, for an error message."""
+        return f"{self.entries[key].file}: {key}"
+
+    def close(self) -> None:
+        """Release the buffer and the open shard."""
+        self._bin, self._scratch = None, torch.empty(0, dtype=torch.uint8)

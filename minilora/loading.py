@@ -1,0 +1,74 @@
+"""From a model's name to a model that is ready to run or train."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minilora.adapters import load_adapter
+from minilora.errors import ConfigError
+from minilora.hub import resolve_model
+from minilora.llama.checkpoint import load_checkpoint
+from minilora.llama.model import LlamaForCausalLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto" is the GPU where there is one, else the CPU.
+
+    Raises: ConfigError: an unknown device, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but no CUDA GPU is available here; use --device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type; "auto" is bfloat16 where the hardware multiplies it, else float32.
+
+    A CPU without AVX-512 has no 16-bit products: torch would emulate them, several times slower than float32.
+
+    Raises: ConfigError: an unknown name.
+    """
+    if name == "auto":
+        fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf4", double_quant: bool = True,
+               dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", adapter: str | Path | None = None,
+               blocksize: int = 64, pad_vocab: bool = False, revision: str | None = None, progress: bool = False
+               ) -> LlamaForCausalLM:
+    """Load a Llama-family model, quantizing while reading, with or without an adapter.
+
+    Args:
+        path_or_hub_id: "tiny" (ships with the package), a folder in Hugging Face's layout, or a hub id.
+        quantize: "nf4" keeps the linears of the blocks in 4 bits; None keeps all in `dtype`.
+        double_quant, blocksize: how to quantize; a folder that is 4-bit already says so itself.
+        dtype: of embeddings, norms and head, and of the arithmetic. device: where it goes.
+        adapter: folder of a PEFT adapter to attach.
+        pad_vocab: fill a table that has fewer rows than config.json says with its mean row.
+        revision: branch, tag or commit on the hub.
+
+    Returns: the model in eval mode; with an adapter, its LoRA parameters are trainable.
+    Raises: CheckpointError, HubError, ConfigError: see the modules that do the work.
+    """
+    if quantize not in (None, "nf4"):
+        raise ConfigError(f"quantize must be 'nf4' or None, not {quantize!r}")
+    folder = resolve_model(str(path_or_hub_id), revision=revision)
+    model = load_checkpoint(folder, quantize=quantize, double_quant=double_quant, blocksize=blocksize, dtype=dtype,
+                            device=str(device), pad_vocab=pad_vocab, progress=progress)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""The optimizer: AdamW's update rule (`adamw`)."""

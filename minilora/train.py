@@ -1,0 +1,223 @@
+"""The training loop: plain, from top to bottom.
+
+One optimizer step takes `accumulate` micro-batches.  Its loss is the mean over all label tokens of the step,
+
+    L = (1 / N) Σ_micro-batches Σ_label tokens  −log p(token),        N = label tokens of the whole step
+
+so how a batch is split changes the gradient by rounding only (the mean of micro-batch means does not have that property;
+transformers issues 34191, 35203).  The prompt carries no loss, and logits are computed only where there is a label.
+
+Rate: linear warm-up, then a cosine to zero.  Base: frozen, 4-bit or dense.  Adapters, gradients and moments: float32.
+"""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from minilora.adapters import save_adapter
+from minilora.card import write_model_card
+from minilora.config import TrainConfig
+from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
+from minilora.data.prompts import IGNORED, Example, check_ids, encode_example, load_template, longest_label
+from minilora.data.tables import label_set, training_examples, write_labels
+from minilora.errors import ConfigError, DataError, MiniloraError
+from minilora.files import check_output
+from minilora.hub import resolve_model
+from minilora.layers.qlora import add_lora, trainable_parameters
+from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.loading import load_model, pick_device, pick_dtype
+from minilora.optim.adamw import AdamW
+from minilora.runs import Position, append_metrics, load_checkpoint, open_run, peak_bytes, save_checkpoint
+
+MODEL_RATE, MODEL_WIDTH = 2e-4, 4096        # QLoRA, appendix B.2: the rate at 7B, whose hidden size is 4096
+
+
+@dataclass
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        out: the run folder. steps: optimizer steps. loss: of the last step. val_loss: at the end, None without `val`.
+        trained, parameters: how many numbers were trained, of how many. seconds: of this call. peak_bytes: of memory.
+    """
+
+    out: Path
+    steps: int
+    loss: float
+    val_loss: float | None
+    trained: int
+    parameters: int
+    seconds: float
+    peak_bytes: int
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Rate of step 1 … `total`: linear up to `peak` over the first `warmup` share, then half a cosine down to 0."""
+    rising = max(1, round(total * warmup)) if warmup else 0
+    if step <= rising:
+        return peak * step / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Sum over the batch's label tokens of −log p(token | what stands before it), a float32 scalar.
+
+    Position t predicts token t + 1, so labels are shifted by one against the hidden states.
+    """
+    hidden = model.hidden(batch.input_ids, attention_mask=batch.attention_mask)            # (B, T, hidden)
+    targets = batch.labels[:, 1:]                                                          # (B, T - 1)
+    carries_loss = targets != IGNORED
+    logits = model.lm_head(hidden[:, :-1][carries_loss])                                   # (label tokens, vocab)
+    return F.cross_entropy(logits.float(), targets[carries_loss], reduction="sum")
+
+
+@torch.no_grad()
+def validation_loss(model: LlamaForCausalLM, examples: list[Example], batch_size: int, pad_id: int | None) -> float:
+    """Mean −log p over the label tokens of all examples; the model is put back into its mode."""
+    was_training = model.training
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    total, tokens = 0.0, 0
+    for start in range(0, len(by_length), batch_size):
+        batch = collate(by_length[start : start + batch_size], pad_id).to(model.device)
+        total += float(label_loss(model, batch))
+        tokens += batch.label_tokens
+    model.train(was_training)
+    return total / tokens
+
+
+def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: list[str] | None, vocab_rows: int
+                 ) -> tuple[list[Example], list[str]]:
+    """Read a table and turn its rows into examples.
+
+    Args:
+        labels: None takes the table's own label set; a list must hold every label of the table (validation).
+        vocab_rows: of the embedding; a token id past it is refused.
+
+    Returns: examples and the label set.
+    Raises: DataError, ConfigError, CheckpointError.
+    """
+    rows = training_examples(path, config.input_column, config.label_column, min_labels=2 if labels is None else 1)
+    template = load_template(config.template)
+    known = label_set(label for _, label, _ in rows) if labels is None else labels
+    for _, label, number in rows:
+        if labels is not None and label not in labels:
+            raise DataError(f"{path} row {number}: label {label!r} does not occur in the training table {config.data}")
+    reserve = longest_label(tokenizer, known)
+    examples = []
+    for note, label, number in tqdm(rows, desc="tokenize", unit="row", disable=config.quiet or len(rows) < 5000, leave=False):
+        example = encode_example(tokenizer, template, note, label, config.max_length, row=number, reserve=reserve)
+        check_ids(example.input_ids, vocab_rows)
+        examples.append(example)
+    return examples, known
+
+
+def _steps(examples: list[Example], config: TrainConfig, first: int, total: int) -> Iterator[list[list[int]]]:
+    """Optimizer steps `first` … `total` - 1 as lists of micro-batches of example indices."""
+    lengths = [len(example.input_ids) for example in examples]
+    per_epoch = steps_per_epoch(len(examples), config.batch_size, config.accumulate)
+    step, epoch = first, first // per_epoch
+    while step < total:
+        plan = epoch_batches(lengths, config.batch_size, config.accumulate, config.seed, epoch)
+        for micro_batches in plan[step - epoch * per_epoch :][: total - step]:
+            yield micro_batches
+            step += 1
+        epoch += 1
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tune a model on a table of notes and labels.
+
+    Everything that can be wrong with the input is found before the run folder is made.
+
+    Returns: figures of the run; the adapter, tokenizer, label set, metrics and model card stand in ``config.out``.
+    Raises: MiniloraError: bad input, an output in use, or a loss that is not finite.
+    Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not.
+    """
+    started = time.perf_counter()
+    out = Path(config.out)
+    if not (config.resume or config.overwrite):
+        check_output(out, overwrite=False)
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    model = load_model(folder, quantize=None if config.quantize == "none" else "nf4", double_quant=config.double_quant,
+                       blocksize=config.blocksize, dtype=dtype, device=device, pad_vocab=config.pad_vocab,
+                       progress=not config.quiet)
+    if config.max_length > model.config.max_position_embeddings:
+        raise ConfigError(f"max_length {config.max_length} exceeds the model's {model.config.max_position_embeddings} positions")
+    vocab_rows = model.config.vocab_size
+    examples, labels = encode_table(config.data, config, tokenizer, None, vocab_rows)
+    validation = encode_table(config.val, config, tokenizer, labels, vocab_rows)[0] if config.val else []
+
+    torch.manual_seed(config.seed)
+    add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))
+    model.gradient_checkpointing = config.gradient_checkpointing
+    model.train()
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=config.weight_decay)
+    total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
+    if config.max_steps:
+        total = min(total, config.max_steps) if config.epochs else config.max_steps
+    peak_rate = config.lr or MODEL_RATE * MODEL_WIDTH / model.config.hidden_size
+
+    open_run(out, config.resume, config.overwrite)
+    position = load_checkpoint(out, model, optimizer) if config.resume else Position()
+    config.save(out / "config.toml")
+    write_labels(out / "labels.txt", labels)
+    tokenizer.save(out)
+
+    trained, parameters = trainable_parameters(model)
+    loss, val_loss = math.nan, None
+    progress = tqdm(total=total, initial=position.step, desc="train", unit="step", disable=config.quiet)
+    tokens_done, training_seconds = 0, 1e-9
+    for micro_batches in _steps(examples, config, position.step, total):
+        step_started = time.perf_counter()
+        step = position.step + 1
+        batches = [collate([examples[index] for index in rows], tokenizer.pad_id).to(device) for rows in micro_batches]
+        label_tokens = sum(batch.label_tokens for batch in batches)
+        rate = learning_rate(step, total, peak_rate, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for batch in batches:
+            part = label_loss(model, batch) / label_tokens
+            part.backward()
+            loss += float(part.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = [row for batch in batches for row in batch.rows]
+            raise MiniloraError(f"step {step}: loss {loss} with gradient norm {norm} on rows {where[:8]} of {config.data}; the "
+                                f"last checkpoint is kept in {out / 'checkpoints'}; lower --lr, or use --dtype float32")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        position.step = step
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        seconds = time.perf_counter() - step_started
+        tokens_done, training_seconds = tokens_done + tokens, training_seconds + seconds
+        line = {"step": step, "loss": loss, "lr": rate, "tokens": tokens, "seconds": round(seconds, 4),
+                "peak_bytes": peak_bytes(device), "grad_norm": norm}
+        if validation and (step == total or (config.eval_every and step % config.eval_every == 0)):
+            line["val_loss"] = val_loss = validation_loss(model, validation, config.batch_size, tokenizer.pad_id)
+        position.metrics_bytes = append_metrics(out, line)
+        if step == total or (config.save_every and step % config.save_every == 0):
+            save_checkpoint(out, position, model, optimizer)
+        progress.set_postfix_str(f"loss {loss:.3f}, {tokens_done / training_seconds:,.0f} tokens/s"
+                                 + (f", val {val_loss:.3f}" if val_loss is not None else ""), refresh=False)
+        progress.update()
+    progress.close()
+    result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - started, peak_bytes(device))
+    save_adapter(model.eval(), out, base_model=config.model, extra={
+        "template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model})
+    write_model_card(result, config, labels, len(examples))
+    return result

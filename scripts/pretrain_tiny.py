@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Make the small base model that ships: tokenizer, pretraining from scratch, model card.
+
+    python scripts/pretrain_tiny.py                 # writes minilora/assets/tiny, about an hour on two cores
+
+The text comes from `minilora.data.radiology.corpus`: unlabelled notes, findings, definitions, and notes with a plain
+summary of what they say.  No document holds a note and a protocol label, so what protocol a note asks for is left to
+fine-tuning.  Same seed, same machine, same files.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from minilora.data.radiology.corpus import documents
+from minilora.llama.config import LlamaConfig
+from minilora.llama.model import LlamaForCausalLM
+from minilora.optim.adamw import AdamW
+from minilora.train import learning_rate
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+ASSETS = Path(__file__).resolve().parents[1] / "minilora" / "assets" / "tiny"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 704,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+
+
+def train_tokenizer(texts: list[str], vocab: int, folder: Path) -> Tokenizer:
+    """A byte-level BPE in which every digit is a token of its own, so that numbers can be read digit by digit."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[BOS, EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
+        "add_bos_token": True, "model_max_length": CONFIG["max_position_embeddings"]}, indent=2) + "\n")
+    return tokenizer
+
+
+def packed(tokenizer: Tokenizer, texts: list[str], length: int) -> torch.Tensor:
+    """Documents as ``<s> … </s>`` one behind the other, cut into rows: (rows, length + 1) int64."""
+    ids = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, 1)]
+    rows = (len(ids) - 1) // length
+    return torch.tensor([ids[i * length : (i + 1) * length + 1] for i in range(rows)], dtype=torch.int64)
+
+
+def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+    """Mean −log p of the next token over (B, length + 1) rows."""
+    logits = model(rows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def main() -> None:
+    """Tokenizer, corpus, training, evaluation, files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--documents", type=int, default=90_000, help="training documents; each is seen once an epoch")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--vocab", type=int, default=3072, help="tokenizer entries")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    # The held-out documents come from another seed and are compared, so that none was trained on.
+    texts = list(documents(seed=args.seed, n=args.documents))
+    seen = set(texts)
+    held_out = [text for text in itertools.islice(documents(seed=args.seed + 1, n=3000), 3000) if text not in seen][:2000]
+    tokenizer = train_tokenizer(texts[:20_000], args.vocab, args.out)
+    rows, held_rows = packed(tokenizer, texts, args.length), packed(tokenizer, held_out, args.length)
+    print(f"{len(texts):,} documents, {rows.shape[0] * args.length:,} tokens, {len(held_out):,} held out, "
+          f"{time.perf_counter() - started:.0f} s", flush=True)
+
+    config = {**CONFIG, "vocab_size": tokenizer.get_vocab_size()}
+    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+    model.init_weights(torch.Generator().manual_seed(args.seed))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+                      lr=args.lr, betas=(0.9, 0.95))
+    order = torch.cat([torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch))
+                       for epoch in range(math.ceil(args.steps * args.batch / len(rows)))])
+    curve = []
+    model.train()
+    for step in range(1, args.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=0.03)
+        loss = loss_of(model, rows[order[(step - 1) * args.batch : step * args.batch]])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == args.steps:
+            with torch.no_grad():
+                held = sum(float(loss_of(model, part)) for part in held_rows[:64].split(8)) / 8 if step % 250 == 0 else None
+            curve.append({"step": step, "loss": round(float(loss), 4), "held_out_loss": held and round(held, 4)})
+            rate = step * args.batch * args.length / (time.perf_counter() - started)
+            print(f"step {step}/{args.steps} loss {float(loss):.4f} held out {held or float('nan'):.4f} {rate:,.0f} tokens/s", flush=True)
+            if step % 500 == 0 or step == args.steps:
+                save(model, args.out)
+    with torch.no_grad():
+        held = sum(float(loss_of(model, part)) * len(part) for part in held_rows.split(8)) / len(held_rows)
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "documents": len(texts),
+             "tokens": rows.shape[0] * args.length, "tokens_seen": args.steps * args.batch * args.length,
+             "held_out_documents": len(held_out), "held_out_loss": round(held, 4),
+             "held_out_perplexity": round(math.exp(held), 3), "seconds": round(time.perf_counter() - started),
+             "arguments": {k: v for k, v in vars(args).items() if k != "out"}, "curve": curve}
+    (args.out / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in facts.items() if k != "curve"}))
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write model.safetensors in bfloat16, atomically."""
+    state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
+             if name != "lm_head.weight"}       # tied: the head is the embedding
+    save_file(state, folder / ".model.tmp", metadata={"format": "pt"})
+    shutil.move(folder / ".model.tmp", folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main()

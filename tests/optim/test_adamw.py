@@ -1,0 +1,62 @@
+"""AdamW: by hand, bit for bit against torch, and its state in torch's format."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import ConfigError
+from minilora.optim.adamw import AdamW
+
+
+def test_first_step_by_hand() -> None:
+    param = torch.nn.Parameter(torch.tensor([1.0]))
+    param.grad = torch.tensor([0.5])
+    AdamW([param], lr=0.1, weight_decay=0.1).step()
+    # Decay first: 1 - 0.1 * 0.1 = 0.99; at step one m̂ / √v̂ = g / |g| = 1, so the step is lr: 0.89.
+    assert param.item() == pytest.approx(0.89, abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lr=st.floats(1e-6, 1.0), beta1=st.floats(0.0, 0.99), beta2=st.floats(0.0, 0.9999), eps=st.sampled_from([1e-8, 1e-6, 1e-3]),
+       weight_decay=st.sampled_from([0.0, 0.01, 0.3]), seed=st.integers(0, 1 << 30), skip=st.booleans())
+def test_bits_equal_torch(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, skip: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    initial = [torch.randn(shape, generator=generator) for shape in ((3, 5), (7,), (1,))]
+    options = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in initial] for _ in range(2))
+    a, b = AdamW(ours, **options), torch.optim.AdamW(theirs, **options, foreach=False, fused=False)
+    for step in range(12):
+        for x, y in zip(ours, theirs, strict=True):
+            grad = torch.randn(x.shape, generator=generator) * 10.0 ** int(torch.randint(-6, 3, (1,), generator=generator))
+            sparse = skip and step % 3 == 1 and x.numel() == 7      # a parameter without gradient keeps its step count
+            x.grad, y.grad = (None, None) if sparse else (grad.clone(), grad.clone())
+        a.step()
+        b.step()
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x, y), f"largest difference {(x - y).abs().max()}"
+
+
+def test_state_dict_goes_to_torch_and_back() -> None:
+    def steps(optimizer: torch.optim.Optimizer, param: torch.nn.Parameter, count: int) -> None:
+        for step in range(count):
+            param.grad = torch.full_like(param, 0.1 * (step + 1))
+            optimizer.step()
+    a, b = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    ours, theirs = AdamW([a], lr=0.01), torch.optim.AdamW([b], lr=0.01, weight_decay=0.0, foreach=False)
+    steps(ours, a, 3)
+    state = copy.deepcopy(ours.state_dict())
+    b.data.copy_(a.data)
+    theirs.load_state_dict({"state": state["state"], "param_groups": theirs.state_dict()["param_groups"]})
+    steps(ours, a, 3)
+    steps(theirs, b, 3)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": float("nan")}])
+def test_bad_hyper_parameters_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        AdamW([torch.nn.Parameter(torch.ones(1))], **options)
