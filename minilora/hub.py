@@ -44,8 +44,8 @@ def resolve_model(name: str | os.PathLike[str], revision: str | None = None, pro
         return _checked(path)
     if text and path.exists():
         raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and the weights")
-    if not text or isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or \
-            text.endswith("/"):
+    looks_like_a_path = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or "\\" in text
+    if not text or looks_like_a_path or isinstance(name, Path):
         raise CheckpointError(f"{text or repr(text)}: no such folder; name a model folder, 'tiny', or a hub id such as "
                               "epfl-llm/meditron-7b")
     if not HUB_ID.fullmatch(text):
@@ -63,7 +63,8 @@ def _checked(folder: Path) -> Path:
 
 def _download(repo: str, revision: str | None, progress: bool) -> Path:
     """Fetch what is needed of a repository, or find it in the cache."""
-    import huggingface_hub      # takes a moment; only hub ids need it
+    # Imported here: it takes a moment, and only hub ids need it.
+    import huggingface_hub
     from huggingface_hub import utils
 
     silenced = not progress and not utils.are_progress_bars_disabled()
@@ -103,8 +104,8 @@ def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{repo}: no revision {revision or 'main'!r}; its branches and tags are listed at {page}/tree/main")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return HubError(f"{repo}: no such folder here and no such repository on the hub; check the spelling at {page}, and if it "
-                        "is private set HF_TOKEN to a token that may read it")
+        return HubError(f"{repo}: no such folder here and no such repository on the hub; check the spelling at {page}, and if "
+                        "it is private set HF_TOKEN to a token that may read it")
     if status in (401, 403):
         return HubError(f"{repo}: the hub refuses (HTTP {status}): ask for access at {page} and {token}")
     if isinstance(error, errors.LocalTokenNotFoundError):
@@ -112,8 +113,8 @@ def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return HubError(f"{at}: the hub answered HTTP {status}; try again later")
     if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
-        return HubError(f"{at}: cannot write to the cache {constants.HF_HUB_CACHE} ({getattr(error, 'strerror', '')}); free some "
-                        "space or point HF_HOME elsewhere")
+        return HubError(f"{at}: cannot write to the cache {constants.HF_HUB_CACHE} ({getattr(error, 'strerror', '')}); free "
+                        "some space or point HF_HOME elsewhere")
     return HubError(f"{at}: no such folder here, not (wholly) in the cache {constants.HF_HUB_CACHE}, and the hub cannot be "
                     f"reached; on a machine that can, run: hf download {repo} --local-dir DIR, copy DIR here and name it "
                     f"instead ({type(error).__name__})")

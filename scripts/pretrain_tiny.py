@@ -65,8 +65,9 @@ def packed(tokenizer: Tokenizer, texts: list[str], length: int) -> torch.Tensor:
 
 
 def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """Mean −log p of the next token over (B, length + 1) rows."""
-    logits = model(rows[:, :-1])
+    """Mean −log p of the next token over (B, length + 1) rows; products in bfloat16, weights and sums in float32."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(rows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 

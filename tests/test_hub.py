@@ -19,7 +19,8 @@ class FakeResponse:
     """As much of an HTTP response as huggingface-hub's exceptions ask for."""
 
     def __init__(self, status: int) -> None:
-        self.status_code, self.headers, self.request = status, {}, None
+        self.status_code, self.request = status, None
+        self.headers: dict[str, str] = {}
 
 
 def http(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
@@ -127,7 +128,7 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_config_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="--adapter"):

@@ -29,7 +29,7 @@ from minilora.files import write_json
 from minilora.layers.lora import LoRALinear
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.safetensors_file import Pending, TensorEntry, write_safetensors
+from minilora.llama.safetensors_file import Pending, TensorEntry, open_output, write_safetensors
 from minilora.llama.strict_json import parse_object
 from minilora.llama.weights import WeightFiles
 from minilora.quant.blockwise import dequantize_blockwise
@@ -37,6 +37,7 @@ from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
 from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, as_shape
 
 STATE = ".quant_state.bitsandbytes__nf4"
+PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 TABLE_TOLERANCE = 1e-6          # tables were computed by different versions; a wrong table is off by far more
 
 
@@ -70,10 +71,11 @@ def quantized_linears(entries: dict[str, TensorEntry]) -> dict[str, list[str]]:
 
     Raises: CheckpointError: a linear in another 4-bit type.
     """
-    groups: dict[str, list[str]] = {key.removesuffix(".weight" + STATE): [] for key in entries if key.endswith(".weight" + STATE)}
+    states = [key for key in entries if key.endswith(".weight" + STATE)]
+    groups: dict[str, list[str]] = {key.removesuffix(".weight" + STATE): [] for key in states}
     for key, entry in entries.items():
-        name, dot, part = key.partition(".weight")
-        if name in groups and (not part or part.startswith(".")) and dot:
+        name, _, part = key.partition(".weight")
+        if name in groups and part in PARTS and key != name:
             groups[name].append(key)
         elif part.startswith(".quant_state."):
             raise CheckpointError(f"{entry.file}: {key}: only nf4 is read; use the 16-bit model")
@@ -118,7 +120,8 @@ def read_state(weights: WeightFiles, name: str, shape: tuple[int, ...]) -> dict[
     needed = {"": (prod(shape) + 1) // 2, ".absmax": -(-prod(shape) // blocksize), ".quant_map": 16}
     nested = f"{name}.weight.nested_absmax" in weights.entries
     if nested:
-        needed |= {".nested_absmax": -(-needed[".absmax"] // _whole(state, "nested_blocksize", place)), ".nested_quant_map": 256}
+        nested_blocks = -(-needed[".absmax"] // _whole(state, "nested_blocksize", place))
+        needed |= {".nested_absmax": nested_blocks, ".nested_quant_map": 256}
         _dtype(state, "nested_dtype", place)
         offset = state.get("nested_offset")
         if not isinstance(offset, (int, float)) or not -1e30 < offset < 1e30:
@@ -126,13 +129,13 @@ def read_state(weights: WeightFiles, name: str, shape: tuple[int, ...]) -> dict[
     for part, count in needed.items():
         entry = weights.entries.get(f"{name}.weight{part}")
         if entry is None:
-            raise CheckpointError(f"{weights.entries[key].file.parent}: {name}.weight{part} is missing beside its quant_state")
+            raise CheckpointError(f"{weights.entries[key].file.parent}: {name}.weight{part} is missing, though {key} is there")
         # The codes may be stored as another type of the same bytes (bnb_4bit_quant_storage).
         kind = torch.uint8 if part == "" or (part == ".absmax" and nested) else torch.float32
         size = entry.nbytes if part == "" else prod(entry.shape)
         if size != count or (part != "" and entry.dtype != kind):
-            raise CheckpointError(f"{weights.place(entry.key)}: expected {count} {'bytes' if part == '' else kind}, found {size} "
-                                  f"of type {entry.dtype_name}")
+            raise CheckpointError(f"{weights.place(entry.key)}: expected {count} {'bytes' if part == '' else kind}, found "
+                                  f"{size} of type {entry.dtype_name}")
     return state | {"nested": nested}
 
 
@@ -179,15 +182,14 @@ def pending_nf4(name: str, weight: NF4Tensor) -> list[Pending]:
     if constants is not None:
         parts[".absmax"] = constants
     parts[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return [Pending(f"{name}.weight{part}", value.dtype, tuple(value.shape), lambda value=value: value)     # type: ignore[misc]
-            for part, value in parts.items()]
+    return [Pending(f"{name}.weight{part}", value.dtype, tuple(value.shape), value.detach) for part, value in parts.items()]
 
 
 def save_quantized(model: LlamaForCausalLM, folder: Path | str) -> None:
     """Write a 4-bit model as the Hugging Face bitsandbytes format: config.json and model.safetensors.
 
     Args:
-        model: with 4-bit linears and no adapter. folder: exists; its other files are left alone.
+        model: with 4-bit linears and no adapter. folder: made if need be; files of other names are left alone.
 
     Raises:
         CheckpointError: nothing is 4-bit, or an adapter is not merged yet. OutputError: the folder cannot be written.
@@ -201,16 +203,22 @@ def save_quantized(model: LlamaForCausalLM, folder: Path | str) -> None:
         raise CheckpointError("the model has no 4-bit layers to save; load it with quantize='nf4'")
     tensors = [part for name, layer in layers.items() for part in pending_nf4(name, layer.quantized)]
     for name, parameter in model.named_parameters():
-        dtype = model.dtype if parameter.is_floating_point() else parameter.dtype
-        tensors.append(Pending(name, dtype, tuple(parameter.shape), lambda value=parameter: value))         # type: ignore[misc]
+        tensors.append(Pending(name, model.dtype, tuple(parameter.shape), parameter.detach))
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     nested = all(layer.double_quant for layer in layers.values())
     dtype_name = str(model.dtype).removeprefix("torch.")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
                     "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": dtype_name,
                     "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": dense}
+    open_output(folder, keep=("model.safetensors",))
     write_safetensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", {**model.config.to_dict(), "torch_dtype": dtype_name, "quantization_config": quantization})
+    write_json(folder / "config.json", {**plain_config(model, model.dtype), "quantization_config": quantization})
+
+
+def plain_config(model: LlamaForCausalLM, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of weights saved in `dtype`: what the model was read with, less how its file was stored."""
+    kept = {key: value for key, value in model.config.to_dict().items() if key not in ("quantization_config", "dtype")}
+    return {**kept, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def refuse_adapters(model: nn.Module) -> None:

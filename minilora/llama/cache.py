@@ -19,7 +19,8 @@ class KVCache:
         batch: sequences. max_length: tokens it can hold, padding included. dtype, device: those of the model.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)

@@ -9,9 +9,11 @@ the paper's implementation.  The weights are quantized from the values in the fi
 """
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,27 +25,44 @@ from minilora.errors import CheckpointError, ConfigError, QuantizationError
 from minilora.files import write_json
 from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import NF4Linear
-from minilora.llama.bnb_format import check_quantization_config, quantized_linears, read_nf4, read_state, refuse_adapters
+from minilora.layers.qlora import replace_module
+from minilora.llama.bnb_format import (
+    check_quantization_config,
+    plain_config,
+    quantized_linears,
+    read_nf4,
+    read_state,
+    refuse_adapters,
+)
 from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.safetensors_file import Pending, write_safetensors
+from minilora.llama.safetensors_file import Pending, open_output, write_safetensors
 from minilora.llama.strict_json import read_object
 from minilora.llama.weights import WeightFiles
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")      # tables that the model derives itself
+TRIM_BYTES = 1 << 25                                # of tensors read between two trims of the heap
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One parameter to fill: from `key`; `rows` is above the file's where the vocabulary is padded."""
+    """One parameter to fill, from the file's `key`; its rows are more than the file's where the vocabulary is padded."""
 
     name: str
     key: str
-    rows: int
+    shape: tuple[int, ...]
     four_bit: bool
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_block_linear(self) -> bool:
+        return self.name.endswith(".weight") and self.module.rpartition(".")[2] in ALL_LINEARS
 
 
 def _plan(model: LlamaForCausalLM, weights: WeightFiles, pad_vocab: bool, folder: Path) -> list[_Step]:
@@ -59,8 +78,8 @@ def _plan(model: LlamaForCausalLM, weights: WeightFiles, pad_vocab: bool, folder
         key = HEAD if tied and name == EMBEDDING and EMBEDDING not in weights.entries else name
         entry = weights.entries.get(key)
         if entry is None:
-            raise CheckpointError(f"{folder}: {name} {shape} is missing from {weights.source}; config.json needs it: fetch both "
-                                  "from one upload")
+            raise CheckpointError(f"{folder}: {name} {shape} is missing from {weights.source}; config.json needs it: fetch "
+                                  "both from one upload")
         module = name.removesuffix(".weight")
         if module in groups:
             if not isinstance(model.get_submodule(module), nn.Linear):
@@ -70,12 +89,12 @@ def _plan(model: LlamaForCausalLM, weights: WeightFiles, pad_vocab: bool, folder
             if entry.dtype not in FLOATS:
                 raise CheckpointError(f"{weights.place(key)}: has type {entry.dtype_name}; expected a floating type")
             _check_shape(weights, key, shape, name in (EMBEDDING, HEAD), pad_vocab)
-        steps.append(_Step(name, key, shape[0], module in groups))
+        steps.append(_Step(name, key, shape, module in groups))
     used = {step.key for step in steps} | {key for name, keys in groups.items() if f"{name}.weight" in wanted for key in keys}
     for key in weights.entries:
         if key not in used and not HARMLESS.search(key) and not (tied and key == HEAD):
-            raise CheckpointError(f"{weights.place(key)} {weights.entries[key].shape}: unexpected, config.json has no place for it; "
-                                  "fetch both from one upload")
+            raise CheckpointError(f"{weights.place(key)} {weights.entries[key].shape}: unexpected, config.json has no place "
+                                  "for it; fetch both from one upload")
     return sorted(steps, key=lambda step: (weights.entries[step.key].file, weights.entries[step.key].start))
 
 
@@ -131,60 +150,76 @@ def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4",
         model = LlamaForCausalLM(config)
     weights = WeightFiles(folder)
     steps = _plan(model, weights, pad_vocab, folder)
+    # Linears that a 4-bit folder keeps dense were left out on purpose (llm_int8_skip_modules).
+    quantize_dense = quantize is not None and not any(step.four_bit for step in steps)
     total = sum(weights.entries[step.key].nbytes for step in steps)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=not progress)
+    untrimmed = 0
     with torch.no_grad(), bar:
         for step in steps:
-            _fill(model, weights, step, quantize is not None, double_quant, blocksize, dtype, torch.device(device))
-            bar.update(weights.entries[step.key].nbytes)
+            if step.four_bit and quantize is not None:
+                _put_nf4(model, step, read_nf4(weights, step.module, step.shape).to(device))
+            elif quantize_dense and step.is_block_linear:
+                _put_nf4(model, step, _quantized(weights, step, double_quant, blocksize, dtype, device))
+            else:
+                _put_dense(model, weights, step, dtype, device)
+            nbytes = weights.entries[step.key].nbytes
+            bar.update(nbytes)
+            untrimmed += nbytes
+            if untrimmed >= TRIM_BYTES:
+                _trim_heap()
+                untrimmed = 0
         if config.tie_word_embeddings:
-            _tie(model, weights, steps)
+            _tie(model, weights)
     weights.close()
+    _trim_heap()
     return model.eval()
 
 
-def _fill(model: LlamaForCausalLM, weights: WeightFiles, step: _Step, quantize: bool, double_quant: bool, blocksize: int,
-          dtype: torch.dtype, device: torch.device) -> None:
-    """Read one tensor and put it where it belongs."""
-    name, _, leaf = step.name.rpartition(".")
-    module = model.get_submodule(name)
-    is_block_linear = isinstance(module, nn.Linear) and leaf == "weight" and name.rpartition(".")[2] in ALL_LINEARS
+def _quantized(weights: WeightFiles, step: _Step, double_quant: bool, blocksize: int, dtype: torch.dtype,
+               device: torch.device | str) -> NF4Tensor:
+    try:
+        quantized = quantize_nf4(weights.borrow(step.key).to(device), blocksize, double_quant)
+    except QuantizationError as error:
+        raise CheckpointError(f"{weights.place(step.key)}: {error}") from error
+    return replace(quantized, dtype=dtype)      # what its dense weight is in this model, whatever the file's type
+
+
+def _trim_heap() -> None:
+    """Give the heap's free pages back to the system, where the C library has a call for it (glibc).
+
+    Why: quantizing makes many temporaries, and what outlives them lies scattered between; glibc returns memory from the
+    heap's end only.  Without this, loading was seen to take four times the memory of its result.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _put_nf4(model: LlamaForCausalLM, step: _Step, quantized: NF4Tensor) -> None:
+    bias = model.get_submodule(step.module).bias         # read already, or still to come
+    replace_module(model, step.module, NF4Linear(quantized, bias if isinstance(bias, Tensor) else None))
+
+
+def _put_dense(model: LlamaForCausalLM, weights: WeightFiles, step: _Step, dtype: torch.dtype,
+               device: torch.device | str) -> None:
     if step.four_bit:
-        quantized = read_nf4(weights, name, (module.out_features, module.in_features)).to(device)
-        if quantize:
-            _make_nf4(model, name, quantized)
-            return
-        value = quantized.dequantize(dtype)
-    elif quantize and is_block_linear:
-        try:
-            quantized = quantize_nf4(weights.borrow(step.key).to(device), blocksize, double_quant)
-        except QuantizationError as error:
-            raise CheckpointError(f"{weights.place(step.key)}: {error}") from error
-        # Recorded as the model's type: it is what the dense weight is in this model.
-        _make_nf4(model, name, NF4Tensor(quantized.packed, quantized.shape, dtype, blocksize, quantized.stored_absmax,
-                                         quantized.nested))
-        return
+        value = read_nf4(weights, step.module, step.shape).to(device).dequantize(dtype)
     else:
         value = weights.read(step.key).to(device=device, dtype=dtype)
-        if value.shape[0] < step.rows:
-            value = _pad_rows(value, step.rows)
-    setattr(module, leaf, nn.Parameter(value))
+        if value.shape[0] < step.shape[0]:
+            value = _pad_rows(value, step.shape[0])
+    setattr(model.get_submodule(step.module), step.name.rpartition(".")[2], nn.Parameter(value))
 
 
-def _make_nf4(model: LlamaForCausalLM, name: str, quantized: NF4Tensor) -> None:
-    parent, _, child = name.rpartition(".")
-    linear = model.get_submodule(name)
-    setattr(model.get_submodule(parent), child, NF4Linear(quantized, linear.bias))
-
-
-def _tie(model: LlamaForCausalLM, weights: WeightFiles, steps: list[_Step]) -> None:
+def _tie(model: LlamaForCausalLM, weights: WeightFiles) -> None:
     """Share the embedding with the head, after making sure that the file has no other head."""
-    if HEAD in weights.entries and EMBEDDING in weights.entries:
-        if weights.entries[HEAD].shape != weights.entries[EMBEDDING].shape or not torch.equal(weights.borrow(HEAD),
-                                                                                              weights.read(EMBEDDING)):
-            raise CheckpointError(f"{weights.place(HEAD)}: differs from {EMBEDDING}, though config.json says "
-                                  "tie_word_embeddings; set that to false if the head is its own")
-    model.lm_head.weight = model.model.embed_tokens.weight
+    head, embedding = weights.entries.get(HEAD), weights.entries.get(EMBEDDING)
+    if head and embedding and (head.dtype != embedding.dtype or
+                               not torch.equal(weights.borrow(HEAD), weights.read(EMBEDDING))):
+        raise CheckpointError(f"{weights.place(HEAD)}: differs from {EMBEDDING}, though config.json says "
+                              "tie_word_embeddings; set that to false if the head is its own")
+    model.tie_weights()
 
 
 def save_checkpoint(model: LlamaForCausalLM, folder: Path | str, dtype: torch.dtype | None = None,
@@ -194,7 +229,8 @@ def save_checkpoint(model: LlamaForCausalLM, folder: Path | str, dtype: torch.dt
     4-bit linears are written dequantized, one at a time.
 
     Args:
-        model: without adapters. folder: exists; its other files are left alone. dtype: of every tensor, default the model's.
+        model: without adapters. folder: made if need be; files of other names are left alone.
+        dtype: of every tensor, default the model's.
         max_shard_bytes: a file holds at most this many bytes of weights, or one tensor.
 
     Raises: CheckpointError: an adapter is not merged. OutputError: the folder cannot be written.
@@ -215,13 +251,14 @@ def save_checkpoint(model: LlamaForCausalLM, folder: Path | str, dtype: torch.dt
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                                                             for i in range(len(shards))]
     total = sum(tensor.nbytes for tensor in tensors)
+    open_output(folder, keep=("model.safetensors.index.json",) if len(shards) > 1 else ("model.safetensors",))
     with tqdm(total=total, unit="B", unit_scale=True, desc="save", disable=not progress) as bar:
-        for name, shard in zip(names, shards):
+        for name, shard in zip(names, shards, strict=True):
             write_safetensors(folder / name, shard, bar.update)
     if len(shards) > 1:
-        weight_map = {tensor.key: name for name, shard in zip(names, shards) for tensor in shard}
+        weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", plain_config(model, dtype))
 
 
 def _dense(layer: NF4Linear, dtype: torch.dtype) -> Callable[[], Tensor]:

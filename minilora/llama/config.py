@@ -19,6 +19,7 @@ from minilora.llama.strict_json import read_object
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 LARGEST = 1 << 24       # of any dimension: far above every published model, far below what would overflow
+MOST_LAYERS = 1 << 12   # each is built as a module before any weight is looked at
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,25 @@ class LlamaConfig:
         """
         read = _Reader(raw, where)
         model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
-            raise CheckpointError(f"{where}: model_type {model_type!r:.60} is not supported; minilora reads {', '.join(FAMILIES)}")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise CheckpointError(f"{where}: model_type {model_type!r:.60} is not supported; minilora reads {known}")
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"{where}: hidden_act {raw['hidden_act']!r:.60} is not supported, only 'silu'")
         hidden, heads = read.whole("hidden_size"), read.whole("num_attention_heads")
-        layers = read.whole("num_hidden_layers")
-        key_value_heads = read.whole("num_key_value_heads", heads if model_type != "mistral" else 8)
+        layers = read.whole("num_hidden_layers", largest=MOST_LAYERS)
+        # Trap: a Mistral without the key has 8, one with null as many as query heads.
+        eight = model_type == "mistral" and "num_key_value_heads" not in raw
+        key_value_heads = read.whole("num_key_value_heads", 8 if eight else heads)
         if raw.get("head_dim") is None and hidden % heads:
-            raise CheckpointError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim")
+            raise CheckpointError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim "
+                                  "is not given")
         head_dim = read.whole("head_dim", hidden // heads)
         if heads % key_value_heads:
-            raise CheckpointError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+            raise CheckpointError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+                                  f"{key_value_heads}")
+        if heads * head_dim > LARGEST:
+            raise CheckpointError(f"{where}: num_attention_heads {heads} times head_dim {head_dim} is above {LARGEST:,}")
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim {head_dim} is odd; rotary embedding needs pairs")
         positions = read.whole("max_position_embeddings", {"llama": 2048, "mistral": 131072, "qwen2": 32768}[model_type])
@@ -146,10 +154,10 @@ class _Reader:
             return default
         return value
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def whole(self, key: str, default: int | None = None, largest: int = LARGEST) -> int:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
-            raise CheckpointError(f"{self.where}: {key!r} must be a whole number from 1 to {LARGEST:,}, not {value!r:.60}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+            raise CheckpointError(f"{self.where}: {key!r} must be a whole number from 1 to {largest:,}, not {value!r:.60}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -197,6 +205,7 @@ def _windows(read: _Reader, raw: dict[str, Any], where: str, model_type: str, la
     if types is None:
         first = read.whole("max_window_layers", 28) if model_type == "qwen2" and raw.get("max_window_layers") != 0 else 0
         return tuple(window if layer >= first else None for layer in range(layers))
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in kinds for kind in types):
         raise CheckpointError(f"{where}: layer_types must name full_attention or sliding_attention for each of {layers} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -164,7 +164,8 @@ class LlamaForCausalLM(nn.Module):
         past = cache.length if cache is not None else 0
         batch, length = input_ids.shape
         if attention_mask is not None and attention_mask.shape[-1] != past + length:
-            raise ConfigError(f"attention_mask covers {attention_mask.shape[-1]} positions, needed are {past} cached + {length} new")
+            covered = attention_mask.shape[-1]
+            raise ConfigError(f"attention_mask covers {covered} positions, needed are {past} cached and {length} new")
         if position_ids is None:
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -176,7 +177,10 @@ class LlamaForCausalLM(nn.Module):
         recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for layer, mask in zip(self.model.layers, masks, strict=True):
             # Trap: reentrant checkpointing trains nothing when its inputs are frozen (LoRA over frozen embeddings).
-            x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False) if recompute else layer(x, cos, sin, mask, cache)
+            if recompute:
+                x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
         if cache is not None:
             cache.advance(length)
         return self.model.norm(x)

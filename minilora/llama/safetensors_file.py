@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, OutputError
 from minilora.files import atomic_path
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -83,7 +83,7 @@ def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
     if entry.dtype is None:
         raise CheckpointError(f"{entry.file}: {entry.key} has type {entry.dtype_name}, which this loader cannot read")
     raw = torch.empty(entry.nbytes, dtype=torch.uint8) if buffer is None else buffer[:entry.nbytes]
-    view = memoryview(raw.numpy())
+    view = raw.numpy().data
     try:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
@@ -113,6 +113,22 @@ class Pending:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def open_output(folder: Path, keep: tuple[str, ...]) -> None:
+    """Make `folder`, and remove weights of an earlier save that a loader would prefer to the ones about to be written.
+
+    Args:
+        keep: file names that are about to be replaced.
+
+    Raises: OutputError: the folder cannot be made or changed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in {"model.safetensors", "model.safetensors.index.json"} - set(keep):
+            (folder / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}; check the path and its permissions") from error
+
+
 def write_safetensors(path: Path, tensors: Iterable[Pending], done: Callable[[int], object] | None = None) -> None:
     """Write a safetensors file, atomically, making and releasing one tensor at a time.
 
@@ -136,6 +152,6 @@ def write_safetensors(path: Path, tensors: Iterable[Pending], done: Callable[[in
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             value = tensor.make().detach().to(device="cpu", dtype=tensor.dtype).contiguous()
-            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             if done is not None:
                 done(tensor.nbytes)

@@ -119,15 +119,16 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         raise CheckpointError(f"{path}: not a SentencePiece model, or cut short ({error}); fetch it again") from error
     if not pieces:
         raise CheckpointError(f"{path}: not a SentencePiece model: it holds no pieces; fetch it again")
-    if trainer.get(3, 1) != BPE:
-        raise CheckpointError(f"{path}: a SentencePiece model of type {trainer.get(3, 1)}; only BPE (2), Llama's, is read: use "
+    kind = trainer.get(3, 1)
+    if kind != BPE:
+        raise CheckpointError(f"{path}: a SentencePiece model of type {kind!r}; only BPE (2), Llama's, is read: use "
                               "a folder with tokenizer.json")
     if len({piece.text for piece in pieces}) != len(pieces):
         raise CheckpointError(f"{path}: the same piece stands twice; fetch the file again")
     # Pieces that are always matched whole, or merged and taken apart again, follow other rules; Llama's files have none.
     if any(piece.kind in (USER_DEFINED, UNUSED) for piece in pieces):
-        raise CheckpointError(f"{path}: holds user-defined or unused pieces, which this reader does not know; use a folder with "
-                              "tokenizer.json")
+        raise CheckpointError(f"{path}: holds user-defined or unused pieces, which this reader does not know; use a folder "
+                              "with tokenizer.json")
 
     def id_of(field: int, default: int) -> int | None:
         value = trainer.get(field, default)

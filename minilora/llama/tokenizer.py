@@ -126,7 +126,8 @@ def _find_specials(folder: Path, files: dict[str, bytes], backend: tokenizers.To
     found: dict[str, int | None] = {}
     for name, spellings in KNOWN.items():
         key = f"{name}_token"
-        named = {source: _spelling(values[key], str(folder / source), key) for source, values in sources.items() if key in values}
+        named = {source: _spelling(values[key], str(folder / source), key)
+                 for source, values in sources.items() if key in values}
         source, text = next(((s, t) for s, t in named.items() if t is not None), ("", None))
         if text is not None:
             found[name] = backend.token_to_id(text)
@@ -151,8 +152,9 @@ def _from_config(config: dict[str, Any], name: str, backend: tokenizers.Tokenize
     value = config.get(f"{name}_token_id")
     if isinstance(value, list) and value:               # Llama 3 lists several end tokens, the end of text first
         value = value[0]
-    known = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and backend.id_to_token(value) is not None
-    return value if known else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0 or backend.id_to_token(value) is None:
+        return None
+    return value
 
 
 def _added_tokens(folder: Path, files: dict[str, bytes]) -> dict[int, AddedToken]:

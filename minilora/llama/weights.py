@@ -77,7 +77,7 @@ def find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Path] | None]
         if found:
             raise CheckpointError(f"{folder}: has shards ({found[0]} …) but no {index}; fetch the index as well")
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: holds an adapter, no model; name its base with --model and this folder with --adapter")
+        raise CheckpointError(f"{folder}: holds an adapter and no model; pass it with --adapter and its base with --model")
     raise CheckpointError(f"{folder}: no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
@@ -102,8 +102,8 @@ def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise CheckpointError(f"{path}: refused: it holds Python code ({code[1]}), not only tensors; nothing of it was run. "
-                                  "Use a safetensors copy from a source you trust") from error
+            raise CheckpointError(f"{path}: refused: it holds Python code ({code[1]}), not only tensors, and none of it was "
+                                  "run; use a safetensors copy from a source you trust") from error
         raise CheckpointError(f"{path}: not a file of tensors, or cut short; fetch it again") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -111,7 +111,7 @@ def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
         detail = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"{path}: not a whole .bin file ({detail}); fetch it again") from error
     if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise CheckpointError(f"{path}: must hold a flat dictionary of tensors, as Hugging Face writes it; this is another format")
+        raise CheckpointError(f"{path}: must hold a flat dictionary of tensors, as Hugging Face writes it; found another form")
     return {key: value.detach() for key, value in content.items()}, mapped
 
 
@@ -146,7 +146,8 @@ class WeightFiles:
     def _bin_header(self, file: Path) -> dict[str, TensorEntry]:
         tensors = self._open_bin(file)
         return {key: TensorEntry(key, file, str(tensor.dtype).removeprefix("torch."), tensor.dtype, tuple(tensor.shape), order,
-                                 tensor.numel() * tensor.dtype.itemsize) for order, (key, tensor) in enumerate(tensors.items())}
+                                 tensor.numel() * tensor.dtype.itemsize)
+                for order, (key, tensor) in enumerate(tensors.items())}
 
     def _open_bin(self, file: Path) -> dict[str, Tensor]:
         if self._bin is None or self._bin[0] != file:

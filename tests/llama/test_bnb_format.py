@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minilora.errors import CheckpointError
+from minilora.layers.lora import LoRAConfig
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import add_lora
-from minilora.layers.lora import LoRAConfig
 from minilora.llama.bnb_format import save_quantized
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
-from tests.llama.test_checkpoint import CONFIG, LAYOUTS, Q0, assert_same, random_tensors, refused, write_folder
+from tests.llama.model_folders import CONFIG, LAYOUTS, Q0, assert_same, random_tensors, refused, write_folder
 
 STATE = f"{Q0}.quant_state.bitsandbytes__nf4"
 
@@ -27,7 +27,6 @@ def saved(folder: Path, double_quant: bool = True, blocksize: int = 64, config: 
     """A 4-bit model and the folder it was saved to."""
     source = write_folder(folder / "source", config, random_tensors(config))
     model = load_checkpoint(source, double_quant=double_quant, blocksize=blocksize)
-    (folder / "saved").mkdir()
     save_quantized(model, folder / "saved")
     return model, folder / "saved"
 
@@ -41,7 +40,8 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 def edit_state(folder: Path, key: str = STATE, **values: Any) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         state = json.loads(bytes(tensors[key].tolist())) | values
-        tensors[key] = torch.tensor(list(json.dumps({k: v for k, v in state.items() if v != "absent"}).encode()), dtype=torch.uint8)
+        text = json.dumps({k: v for k, v in state.items() if v != "absent"})
+        tensors[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     edit(folder, change)
 
 
@@ -58,7 +58,8 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "nested_dtype": "float32", "nested_offset": weight.nested.offset}
     assert {key for key in tensors if key.startswith(Q0)} == {Q0 + part for part in expected} | {STATE}
     config = json.loads((folder / "config.json").read_text())
-    assert config["torch_dtype"] == "bfloat16" and config["hidden_size"] == 32 and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["torch_dtype"] == "bfloat16" and config["hidden_size"] == 32
+    assert config["architectures"] == ["LlamaForCausalLM"]
     quantization = config["quantization_config"]
     assert quantization["quant_method"] == "bitsandbytes" and quantization["load_in_4bit"] is True
     assert quantization["bnb_4bit_quant_type"] == "nf4" and quantization["bnb_4bit_use_double_quant"] is True
@@ -122,7 +123,7 @@ def test_linears_that_a_4_bit_folder_keeps_dense_stay_dense(tmp_path: Path) -> N
 
 def test_codes_stored_as_another_type_are_the_same_bytes(tmp_path: Path) -> None:
     model, folder = saved(tmp_path)
-    edit(folder, lambda tensors: tensors.update({Q0: tensors[Q0].view(torch.bfloat16)}))
+    edit(folder, lambda tensors: tensors.update({Q0: tensors[Q0].view(-1).view(torch.bfloat16)}))
     assert_same(model.model.layers[0].self_attn.q_proj.packed.view(-1),
                 load_checkpoint(folder).model.layers[0].self_attn.q_proj.packed.view(-1), Q0)
 
@@ -149,10 +150,12 @@ def test_an_offset_rounded_in_a_float32_file_is_used_as_it_stands(tmp_path: Path
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    ({"quant_type": "fp4"}, "quant_type"), ({"shape": [32, 31]}, "(32, 32)"), ({"shape": "x"}, "shape"), ({"shape": None}, "shape"),
-    ({"blocksize": 0}, "blocksize"), ({"blocksize": 128}, "absmax"), ({"blocksize": "64"}, "blocksize"), ({"dtype": "int8"}, "dtype"),
-    ({"nested_blocksize": "absent"}, "nested_blocksize"), ({"nested_dtype": "x"}, "nested_dtype"),
-    ({"nested_offset": "absent"}, "nested_offset"), ({"nested_offset": float("nan")}, "nested_offset"), ({"nested_blocksize": 8}, "nested"),
+    ({"quant_type": "fp4"}, "quant_type"), ({"dtype": "int8"}, "dtype"),
+    ({"shape": [32, 31]}, "(32, 32)"), ({"shape": "x"}, "shape"), ({"shape": None}, "shape"),
+    ({"blocksize": 0}, "blocksize"), ({"blocksize": 128}, "absmax"), ({"blocksize": "64"}, "blocksize"),
+    ({"nested_blocksize": "absent"}, "nested_blocksize"), ({"nested_blocksize": 8}, "nested"),
+    ({"nested_dtype": "x"}, "nested_dtype"),
+    ({"nested_offset": "absent"}, "nested_offset"), ({"nested_offset": float("nan")}, "nested_offset"),
 ])
 def test_a_quant_state_that_does_not_fit_is_named(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     _, folder = saved(tmp_path)

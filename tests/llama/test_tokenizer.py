@@ -158,11 +158,11 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str, content: 
     assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage, no protocol buffer", b"\x0a\x05\x0a\x03abc\x0a\xff\xff\xff\xff\x0f", b"\xff" * 40,
-                                     b"\x0a\x06\x0a\x04\xff\xff\xff\xff"])
+@pytest.mark.parametrize("content", [b"", b"garbage, no protocol buffer", b"\x0a\x05\x0a\x03abc\x0a\xff\xff\xff\xff\x0f",
+                                     b"\xff" * 40, b"\x0a\x06\x0a\x04\xff\xff\xff\xff"])
 def test_a_broken_tokenizer_model_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(CheckpointError, match="tokenizer.model") as caught:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -170,12 +170,12 @@ def test_a_broken_tokenizer_model_is_named(tmp_path: Path, content: bytes) -> No
 def test_a_truncated_tokenizer_model_is_named(tmp_path: Path, shared_data: Path) -> None:
     whole = (shared_data / "llama2-tokenizer" / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(CheckpointError, match="tokenizer.model"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
 
 
 def test_no_tokenizer_and_no_folder_say_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="no such"):
         load_tokenizer(tmp_path / "nowhere")

@@ -22,9 +22,11 @@ MEDITRON_TOKENS = ["<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>", "[bib_ref]", "[
                    "[/bib]", "[fig]", "[/fig]", "[table]", "[/table]", "[formula]", "[/formula]"]
 HAND_WRITTEN = [
     "", " ", "  ", "   x", "x   ", "\n", "\n\n\n", " \n ", "\t", "\r\n", "\x00", "a\x00b", "\x07\x1b[0m", "\u00a0", "\u3000x",
-    "▁", "▁▁", " ▁ x", "x▁y", "<s>", "</s>", "<unk>", " <s> </s>", "<0x0A>", "<0xZZ>", "0", "00", "1234567890", "3.14159", "1,000,000",
+    "▁", "▁▁", " ▁ x", "x▁y", "<s>", "</s>", "<unk>", " <s> </s>", "<0x0A>", "<0xZZ>", "0", "00", "1234567890", "3.14159",
+    "1,000,000",
     "é", "e\u0301", "Å", "A\u030a", "ﬁ", "①", "½", "\u200b", "\u200d", "\u202e abc", "\ufeff", "\ufffd", "\u0378", "\U000e0001",
-    "\U0010ffff", "\U0001f600", "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "日本語のテキスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย",
+    "\U0010ffff", "\U0001f600", "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈",
+    "日本語のテキスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย",
     "Привет, мир", "Ω≈ç√∫", "a" * 500, "ab" * 300, " " * 257, "\n" * 100, "▁" * 65, "-" * 99, "." * 64, "=" * 130, "1" * 33,
     "CT Abdomen W/O Contrast", "r/o PE, s/p lap chole; eGFR<30", "History: heart failure; Diagnosis: c/f liver laceration",
     "[INST] note [/INST]", "import os\n\n\ndef f(x):\n\treturn x  # ok", "https://example.org/?q=a&b=%20",
@@ -45,7 +47,8 @@ def generated(pieces: list[str], count: int) -> list[str]:
             alphabet = rng.choice(pieces) + rng.choice(pieces)
             text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 60)))
         elif kind == 3:
-            text = "".join(chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(rng.randint(1, 20)))
+            points = [rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))) for _ in range(rng.randint(1, 20))]
+            text = "".join(map(chr, points))
         else:
             form = rng.choice(("NFC", "NFD", "NFKD"))
             text = unicodedata.normalize(form, "".join(rng.choice("éàüñçÅệ ﬁ한") for _ in range(rng.randint(1, 20))))
@@ -70,7 +73,8 @@ def ours(model_file: Path) -> Tokenizer:
 
 def assert_equal(ours: Tokenizer, theirs: Any, text: str) -> None:
     expected, found = theirs.encode(text), ours.encode(text, bos=False)
-    first = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+    pairs = enumerate(zip(expected, found, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
     assert expected == found, f"{text[:60]!r}: token {first} is {found[first:first + 3]}, expected {expected[first:first + 3]}"
     assert ours.encode(text) == [theirs.bos_id(), *expected]
     assert ours.decode(found) == theirs.decode(expected), f"{text[:60]!r} decodes differently"
@@ -111,7 +115,8 @@ def test_ids_equal_sentencepiece_where_pieces_overlap(model_file: Path, ours: To
     rng = random.Random(1)
     for x, y, z in overlaps:
         for _ in range(10):
-            assert_equal(ours, theirs, "".join(rng.choice((x, y, z, x + y + z, z + y + x, " ")) for _ in range(rng.randint(1, 9))))
+            parts = (x, y, z, x + y + z, z + y + x, " ")
+            assert_equal(ours, theirs, "".join(rng.choice(parts) for _ in range(rng.randint(1, 9))))
 
 
 def test_text_that_spells_control_tokens_stays_text(ours: Tokenizer) -> None:
@@ -156,14 +161,15 @@ def test_added_tokens_that_do_not_fit_are_refused(tmp_path: Path, model_file: Pa
 
 
 @pytest.mark.parametrize("options", [
-    {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"}, {"byte_fallback": False},
-    {"bos_id": -1}, {"pad_id": 3},
+    {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"},
+    {"byte_fallback": False}, {"bos_id": -1}, {"pad_id": 3},
 ])
 def test_models_trained_here_with_other_settings_agree(tmp_path: Path, options: dict[str, Any]) -> None:
     corpus = [f"patient {i} had a CT of the abdomen with contrast; eGFR {i}, é ü ñ" for i in range(200)]
     settings_ = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "remove_extra_whitespaces": False,
                  "normalization_rule_name": "identity", "minloglevel": 2, **options}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "tokenizer"), **settings_)
+    prefix = str(tmp_path / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_prefix=prefix, **settings_)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ours = load_tokenizer(tmp_path)
     assert ours.bos_id == (theirs.bos_id() if theirs.bos_id() >= 0 else None)
@@ -179,7 +185,7 @@ def test_models_trained_here_with_other_settings_agree(tmp_path: Path, options: 
     ({"model_type": "bpe", "vocab_size": 14, "user_defined_symbols": ["[bib]"]}, "user-defined"),
 ])
 def test_a_model_that_follows_other_rules_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e f"] * 9), model_prefix=str(tmp_path / "tokenizer"),
-                                             minloglevel=2, **options)
+    prefix, corpus = str(tmp_path / "tokenizer"), ["a b c d e f"] * 9
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_prefix=prefix, minloglevel=2, **options)
     with pytest.raises(CheckpointError, match=said):
         load_tokenizer(tmp_path)

@@ -1,0 +1,127 @@
+"""Greedy decoding: the most probable token, again and again, until the end token.
+
+    t₁ = argmax p(· | prompt),   t₂ = argmax p(· | prompt, t₁),   …
+
+The prompt is read once; each later step feeds one token a row and finds the rest in the key/value cache.  Prompts of a
+batch are padded on the left, so that the last column holds the last token of every row:
+
+    <pad> <pad>  BOS  a          positions  -  -  0  1
+     BOS    a     b   c                     0  1  2  3
+
+Padding is never attended to and positions count real tokens, so an answer depends on its own prompt alone (up to the
+rounding of the machine's products, whose order may change with a batch's shape).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from minilora.data.prompts import check_ids
+from minilora.errors import ConfigError, DataError
+from minilora.llama.cache import KVCache
+from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.tokenizer import Tokenizer
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout for as long as the block lasts; then every module has its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Trap: under inference_mode a buffer that a layer keeps for reuse could never again take part in training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], model: LlamaForCausalLM, new_tokens: int) -> None:
+    """Refuse prompts before one of them reaches the model.
+
+    Args:
+        prompts: token ids. new_tokens: what will stand behind each, in tokens.
+
+    Raises:
+        DataError: a prompt without tokens.
+        CheckpointError: a token id outside the embedding table.
+        ConfigError: a prompt and what follows exceed the model's positions.
+    """
+    rows, positions = model.model.embed_tokens.num_embeddings, model.config.max_position_embeddings
+    for index, ids in enumerate(prompts):
+        if not len(ids):
+            raise DataError(f"prompt {index + 1} of {len(prompts)} has no tokens; give it text, or a tokenizer with a BOS")
+        check_ids(ids, rows)
+        if len(ids) + new_tokens > positions:
+            raise ConfigError(f"prompt {index + 1} of {len(prompts)} has {len(ids)} tokens; with {new_tokens} more it "
+                              f"exceeds the model's {positions} positions: shorten the prompt or the answer")
+
+
+def generate(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str] | Sequence[Sequence[int]],
+             max_new_tokens: int = 32, batch_size: int = 16) -> list[str]:
+    """Continue prompts greedily.
+
+    Args:
+        prompts: texts, or token ids (BOS included, where the model has one).
+        max_new_tokens: longest answer, in tokens. batch_size: prompts decoded together.
+
+    Returns: the answers' texts, in the order of the prompts; prompt and special tokens left out.
+    Raises: DataError, CheckpointError, ConfigError: as `generate_ids`.
+    """
+    return [tokenizer.decode(ids) for ids in generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size)]
+
+
+def generate_ids(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str] | Sequence[Sequence[int]],
+                 max_new_tokens: int = 32, batch_size: int = 16) -> list[list[int]]:
+    """Continue prompts greedily; the token ids of each answer without the end token.
+
+    Args: as `generate`.
+    Raises:
+        ConfigError: sizes below 1, or a prompt and its answer exceed the model's positions.
+        CheckpointError: a token id outside the embedding table.
+        DataError: a prompt without tokens.
+    Guarantee: a prompt's answer is the same alone and in any batch (test_answers_do_not_depend_on_the_batch).
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ConfigError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    check_prompts(ids, model, max_new_tokens)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))      # alike in length: little padding
+    answers: list[list[int]] = [[] for _ in ids]
+    with evaluation_mode(model):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            written = _decode_batch(model, [ids[index] for index in indices], tokenizer.eos_id, max_new_tokens)
+            for index, answer in zip(indices, written, strict=True):
+                answers[index] = answer
+    return answers
+
+
+def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], eos_id: int | None,
+                  max_new_tokens: int) -> list[list[int]]:
+    batch, longest = len(prompts), max(map(len, prompts))
+    input_ids = torch.zeros(batch, longest, dtype=torch.int64)                             # (B, P)
+    real = torch.ones(batch, longest + max_new_tokens, dtype=torch.bool)                   # (B, P + new)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        real[row, : longest - len(ids)] = False
+    mask = None if real.all() else real.to(model.device)
+    input_ids = input_ids.to(model.device)
+    cache = KVCache(model.config, batch, longest + max_new_tokens, model.dtype, model.device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = [True] * batch
+    for _ in range(max_new_tokens):
+        seen = None if mask is None else mask[:, : cache.length + input_ids.shape[1]]
+        tokens = model(input_ids, seen, cache=cache, last_only=True)[:, -1].argmax(-1)     # (B,)
+        for row, token in enumerate(tokens.tolist()):
+            running[row] = running[row] and token != eos_id
+            if running[row]:
+                answers[row].append(token)
+        if not any(running):
+            break
+        input_ids = tokens[:, None]                     # a row that has ended goes on unread, until all have
+    return answers

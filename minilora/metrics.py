@@ -1,0 +1,163 @@
+"""Scores of predicted labels as pure functions of counts, and their bootstrap intervals.
+
+All scores but cosine follow from how often each pair (reference, prediction) occurs, and cosine from the pair's own
+cosine, so rows are counted once and everything else happens on the distinct pairs u = 1 … U:
+
+    exact match = Σ_{u: equal} n_u / n      cosine = Σ_u n_u cos_u / n
+    F1 of label k = 2 TP_k / (references k + predictions k),  macro-F1 = its mean over the labels among the references
+
+The bootstrap draws n rows with replacement.  The counts of pairs in such a draw are multinomial(n, n_u / n), so a
+thousand draws are one (1000, U) matrix and no row is touched again (Efron & Tibshirani 1993, chapter 13: percentile
+intervals).  What it cannot know: of n right answers out of n it makes the interval [1, 1], though the true rate may well
+be 1 − 3/n.
+"""
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+RESAMPLED_NUMBERS = 4_000_000       # of counts in memory at once: 32 MB
+
+
+def normalize_label(label: str) -> str:
+    """The form in which two labels are compared: Unicode NFC, case folded, white space runs one space, none around.
+
+    Nothing else: "W/O Contrast" and "WO Contrast", "C-Spine" and "C Spine" are different answers.
+    """
+    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The distinct (reference, prediction) pairs of a table: codes, how often, and their cosine similarity in [0, 1].
+
+    Attributes: reference, prediction, count: (U,) int64; cosine: (U,) float64; classes: labels numbered 0 … classes − 1.
+    """
+
+    reference: Ints
+    prediction: Ints
+    count: Ints
+    cosine: Floats
+    classes: int
+
+
+def number_labels(texts: Sequence[str]) -> tuple[list[str], Ints]:
+    """Number texts by their normalized form, in order of appearance.
+
+    Returns: the first spelling of each number; (n,) int64 numbers.
+    """
+    numbers: dict[str, int] = {}
+    names: list[str] = []
+    codes = np.empty(len(texts), dtype=np.int64)
+    for index, text in enumerate(texts):
+        codes[index] = numbers.setdefault(normalize_label(text), len(names))
+        if codes[index] == len(names):
+            names.append(" ".join(text.split()))
+    return names, codes
+
+
+def count_pairs(reference: Ints, prediction: Ints, vectors: Floats) -> Pairs:
+    """Count the distinct pairs of (n,) codes; a negative cosine counts as 0.
+
+    Args: vectors: (classes, d) float64 of length 1, by code; zero for an empty answer.
+    """
+    classes = len(vectors)
+    keys, count = np.unique(reference * classes + prediction, return_counts=True)
+    a, b = keys // classes, keys % classes
+    cosine = np.einsum("ud,ud->u", vectors[a], vectors[b]).clip(0, 1)
+    return Pairs(a, b, count.astype(np.int64), np.where(a == b, 1.0, cosine), classes)
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Scores of each label: (classes,) float64; a rate whose denominator is 0 is 0."""
+
+    n: Floats
+    predicted: Floats
+    right: Floats
+    precision: Floats
+    recall: Floats
+    f1: Floats
+    cosine: Floats
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def label_scores(pairs: Pairs) -> LabelScores:
+    """Precision, recall, F1 and mean cosine of each label."""
+    weights = pairs.count.astype(np.float64)
+    equal = pairs.reference == pairs.prediction
+
+    def total(codes: Ints, values: Floats) -> Floats:
+        return np.bincount(codes, values, pairs.classes).astype(np.float64)
+
+    n, predicted = total(pairs.reference, weights), total(pairs.prediction, weights)
+    right = total(pairs.reference, weights * equal)
+    return LabelScores(n, predicted, right, _ratio(right, predicted), _ratio(right, n), _ratio(2 * right, n + predicted),
+                       _ratio(total(pairs.reference, weights * pairs.cosine), n))
+
+
+def weighted_f1(scores: LabelScores) -> float:
+    """Mean F1, each label weighted by its references (scikit-learn's ``average="weighted"``)."""
+    return float((scores.f1 * scores.n).sum() / scores.n.sum())
+
+
+def summarize(pairs: Pairs, counts: NDArray[np.integer] | None = None) -> dict[str, Floats]:
+    """exact_match, macro_f1 and cosine of R tables that have the same pairs in other numbers.
+
+    Args: counts: (R, U) of each pair in each table; default the pairs' own, R = 1.
+    Returns: (R,) float64 for each score.
+    """
+    counts = pairs.count[None] if counts is None else counts
+    n = counts.sum(1)
+    equal = pairs.reference == pairs.prediction
+
+    def by_label(codes: Ints, values: NDArray[np.integer]) -> Floats:
+        # Columns of one label side by side, each run summed in one go; labels without a pair stay 0.
+        order = np.argsort(codes, kind="stable")
+        present, starts = np.unique(codes[order], return_index=True)
+        sums = np.zeros((len(values), pairs.classes))
+        sums[:, present] = np.add.reduceat(values[:, order], starts, axis=1)
+        return sums
+
+    references, predictions = by_label(pairs.reference, counts), by_label(pairs.prediction, counts)
+    f1 = _ratio(2 * by_label(pairs.reference, counts * equal), references + predictions)
+    # Macro over the labels among a table's own references: an answer outside them counts as a miss, not as a label.
+    return {"exact_match": (counts * equal).sum(1) / n, "macro_f1": f1.sum(1, where=references > 0) / (references > 0).sum(1),
+            "cosine": counts @ pairs.cosine / n}
+
+
+def bootstrap_intervals(pairs: Pairs, resamples: int, rng: np.random.Generator,
+                        level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of exact_match, macro_f1 and cosine, by resampling rows.
+
+    Args: resamples: draws, 1 or more. level: share of them inside the interval.
+    """
+    n = int(pairs.count.sum())
+    draws: dict[str, list[Floats]] = {}
+    at_once = max(1, RESAMPLED_NUMBERS // len(pairs.count))
+    for start in range(0, resamples, at_once):
+        counts = rng.multinomial(n, pairs.count / n, size=min(at_once, resamples - start))          # (R, U)
+        for name, values in summarize(pairs, counts).items():
+            draws.setdefault(name, []).append(values)
+    edges = (50 * (1 - level), 50 * (1 + level))
+    found = {name: np.percentile(np.concatenate(values), edges).clip(0, 1) for name, values in draws.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
+
+def calibration_error(probability: Floats, right: NDArray[np.bool_], bins: int = 10) -> float:
+    """Expected calibration error: mean |accuracy − mean probability| over equal bins of probability, weighted by rows.
+
+    Source: Guo et al., arXiv 1706.04599, equation 3.
+    """
+    which = np.minimum((probability * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(which, right.astype(np.float64) - probability, bins)
+    return float(np.abs(gaps).sum() / len(probability))

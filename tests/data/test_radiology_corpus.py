@@ -1,0 +1,121 @@
+"""The pretraining text: no label beside a note, no family of val or test, and summaries that tell the truth."""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from random import Random
+
+import pytest
+
+from minilora.data.radiology import PROTOCOLS, RULES, generate, labels
+from minilora.data.radiology import corpus as corpus_module
+from minilora.data.radiology.cases import Case
+from minilora.data.radiology.corpus import documents, summary
+from minilora.data.radiology.draw import draw_case
+from minilora.data.radiology.glossary import MEANINGS, NORMAL
+from minilora.data.radiology.indications import BY_KEY, INDICATIONS
+from minilora.data.radiology.notes import families, is_worked_example, write
+from minilora.data.radiology.rules import protocol_for
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return list(documents(seed=0, n=6000))
+
+
+def _kind(text: str) -> str:
+    if text.startswith("Note: "):
+        return "note"
+    return "findings" if text.startswith("Report. ") else "definitions"
+
+
+def test_a_document_with_a_note_or_findings_never_names_a_protocol(texts: list[str]) -> None:
+    names = [name.casefold() for name in labels()]
+    for text in texts:
+        if _kind(text) != "definitions":
+            found = [name for name in names if name in text.casefold()]
+            assert found == [], text
+        else:
+            assert "note:" not in text.casefold(), text
+
+
+def test_every_protocol_is_defined_somewhere(texts: list[str]) -> None:
+    definitions = "\n".join(text for text in texts if _kind(text) == "definitions")
+    assert [name for name in PROTOCOLS if name not in definitions] == []
+
+
+def test_no_frame_of_val_or_test_occurs_in_the_corpus(texts: list[str]) -> None:
+    assert {family.split for family in corpus_module._FAMILIES} == {"train", "corpus"}
+    everything = "\n".join(texts).casefold()
+    held_out = [family for split in ("val", "test") for family in families(split)]
+    for family in held_out:
+        for layout in filter(None, (family.layout, family.task)):
+            frames = [run.strip() for run in re.split(r"\{\w+\}|[\[\]]", layout)]
+            frames = [run for run in frames if len(run.split()) > 1]
+            found = [run for run in frames if run.casefold() in everything]
+            assert len(found) < max(1, len(frames)), (family.id, found)
+
+
+def test_no_held_out_note_and_no_worked_example_stands_in_the_corpus(texts: list[str]) -> None:
+    made = generate(2000, seed=0)
+    notes = {" ".join(row.note.casefold().split()) for split in ("val", "test") for row in made[split]}
+    seen = {" ".join(line.removeprefix("Note: ").casefold().split()) for text in texts for line in text.split("\n")}
+    assert not notes & seen
+    assert not any(is_worked_example(text) for text in texts)
+
+
+def test_the_mixture_is_three_fifths_summaries(texts: list[str]) -> None:
+    kinds = Counter(_kind(text) for text in texts)
+    assert 0.77 < kinds["note"] / len(texts) < 0.83
+    assert 0.08 < kinds["definitions"] / len(texts) < 0.12 and 0.08 < kinds["findings"] / len(texts) < 0.12
+
+
+def test_the_same_seed_gives_the_same_documents_and_the_first_do_not_depend_on_how_many() -> None:
+    assert list(documents(3, 40)) == list(documents(3, 60))[:40]
+    assert list(documents(3, 40)) != list(documents(4, 40))
+
+
+def test_documents_are_short_enough_to_pack(texts: list[str]) -> None:
+    words = [len(text.split()) for text in texts]
+    assert min(words) >= 10 and max(words) <= 200
+
+
+def test_a_summary_says_what_the_rules_look_at() -> None:
+    """Read the summary, not the case: forbidden contrast, magnet and pregnancy explain every override."""
+    random = Random(0)
+    for _ in range(1500):
+        case = draw_case(random)
+        told = summary(case, write(case, random.choice(families("train")), random))
+        fired = protocol_for(case)[1]
+        if "kidney" in fired or "iodine-allergy" in fired:
+            assert told["iodinated contrast"].startswith("forbidden"), case
+        if "gadolinium-allergy" in fired:
+            assert told["gadolinium"].startswith("forbidden"), case
+        if "mr-unsafe-implant" in fired:
+            assert told["magnet"].startswith("forbidden"), case
+        if "pregnancy" in fired:
+            assert told["pregnancy"].startswith("yes"), case
+        if "low-risk-d-dimer" in fired:
+            assert "ruled out" in told["special"] and "not ruled out" not in told["special"], case
+        assert told["region"] == PROTOCOLS[BY_KEY[case.question].protocol].region
+
+
+def test_a_summary_gives_the_egfr_and_its_meaning() -> None:
+    random, family = Random(1), families("train")[1]
+
+    def told(**facts: object) -> dict[str, str]:
+        case = Case("liverlac", 60, "M", **facts)  # type: ignore[arg-type]
+        return summary(case, write(case, family, random))
+
+    assert told(egfr=24)["kidneys"] == "eGFR 24, under 30, severely reduced"
+    assert told(egfr=24)["iodinated contrast"] == "forbidden, eGFR 24 is under 30"
+    assert told(egfr=71)["iodinated contrast"] == "allowed, eGFR 71 is not under 30"
+    assert told(egfr=8, dialysis=True)["iodinated contrast"] == "allowed, on dialysis"
+    assert told(iodine_allergy="mild")["iodinated contrast"] == "allowed, the reaction was mild"
+
+
+def test_the_glossary_covers_every_question_and_region() -> None:
+    assert set(MEANINGS) == {indication.key for indication in INDICATIONS}
+    assert {PROTOCOLS[indication.protocol].region for indication in INDICATIONS} <= set(NORMAL)
+    assert len(set(MEANINGS.values())) == len(MEANINGS)
+    assert not any(name.casefold() in rule.reason.casefold() for rule in RULES for name in labels())

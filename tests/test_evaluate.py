@@ -1,0 +1,252 @@
+"""Scores against hand-made tables, scikit-learn, and a bootstrap that really draws rows."""
+from __future__ import annotations
+
+import csv
+import json
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minilora.clinical import clinical_difference, read_protocol
+from minilora.errors import ConfigError, DataError
+from minilora.evaluate import OTHER, evaluate, format_table, save_evaluation
+from minilora.metrics import bootstrap_intervals, calibration_error, count_pairs, normalize_label, number_labels, summarize
+
+WITH, WITHOUT, KNEE = "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "XR Knee"
+
+
+def words(texts: Sequence[str]) -> Tensor:
+    """An embedder whose cosine can be computed by hand: 1 where a letter occurs, else 0."""
+    return torch.tensor([[float(chr(97 + letter) in text.casefold()) for letter in range(26)] for text in texts])
+
+
+def one_hot(texts: Sequence[str]) -> Tensor:
+    """Different texts have cosine 0."""
+    return torch.eye(max(len(texts), 1))[: len(texts)]
+
+
+def test_scores_of_a_table_by_hand() -> None:
+    references = ["a", "a", "a", "b", "b", "c"]
+    predictions = ["a", "a", "b", "b", "x", "c"]
+    scores = evaluate(predictions, references, one_hot, resamples=50)
+    assert scores.n == 6 and scores.outside == 1
+    assert scores.exact_match == pytest.approx(4 / 6) and scores.cosine == pytest.approx(4 / 6)
+    # F1: a 2·2/(3+2), b 2·1/(2+2), c 1; "x" is no reference label and has no F1 of its own
+    assert scores.macro_f1 == pytest.approx((0.8 + 0.5 + 1) / 3)
+    assert scores.weighted_f1 == pytest.approx((3 * 0.8 + 2 * 0.5 + 1) / 6)
+    rows = {row.label: row for row in scores.per_label}
+    assert (rows["a"].n, rows["a"].predicted, rows["a"].precision, rows["a"].recall) == (3, 2, 1.0, pytest.approx(2 / 3))
+    assert (rows["b"].precision, rows["b"].recall, rows["b"].cosine) == (0.5, 0.5, 0.5)
+    assert scores.baselines["majority"].label == "a" and scores.baselines["majority"].exact_match == 0.5
+    assert {(error.reference, error.prediction, error.n) for error in scores.confusions} == {("a", "b", 1), ("b", OTHER, 1)}
+
+
+def test_cosine_of_a_pair_by_hand() -> None:
+    scores = evaluate(["ab"], ["bc"], words, resamples=5)
+    assert scores.cosine == pytest.approx(1 / 2) and scores.exact_match == 0        # one letter of two in common
+    opposite = evaluate(["p"], ["q"], lambda texts: torch.tensor([[1.0], [-1.0]][: len(texts)]), resamples=5)
+    assert opposite.cosine == 0                                                   # −1 counts as 0
+
+
+def test_normalization_folds_case_and_spacing_and_nothing_else() -> None:
+    assert normalize_label("  ct\tAbdomen \n W Contrast") == normalize_label(WITH)
+    assert normalize_label("Ko\u0308rper") == normalize_label("KÖRPER")
+    for a, b in ((WITH, WITHOUT), ("CT W/O", "CT WO"), ("C-Spine", "C Spine"), ("C-Spine(Bone)", "C-Spine (Bone)")):
+        assert normalize_label(a) != normalize_label(b), f"{a!r} and {b!r}"
+    scores = evaluate(["ct abdomen  w contrast ", WITHOUT], [WITH, WITHOUT], words, resamples=5)
+    assert scores.exact_match == scores.cosine == 1 and [row.label for row in scores.per_label] == [WITH, WITHOUT]
+
+
+tables = st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdefgh")), min_size=1, max_size=60)
+
+
+@given(tables)
+def test_scores_equal_scikit_learn(table: list[tuple[str, str]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    references, predictions = [a for a, _ in table], [b for _, b in table]
+    scores = evaluate(predictions, references, one_hot, resamples=2)
+    labels = sorted(set(references))
+    assert scores.exact_match == pytest.approx(metrics.accuracy_score(references, predictions))
+    options: dict[str, Any] = {"labels": labels, "zero_division": 0}
+    assert scores.macro_f1 == pytest.approx(metrics.f1_score(references, predictions, average="macro", **options))
+    assert scores.weighted_f1 == pytest.approx(metrics.f1_score(references, predictions, average="weighted", **options))
+    expected = metrics.precision_recall_fscore_support(references, predictions, **options)
+    found = [[getattr(row, name) for row in scores.per_label] for name in ("precision", "recall", "f1", "n")]
+    np.testing.assert_allclose(found, np.stack(expected), err_msg=f"labels {labels}")
+
+
+@given(tables, st.integers(0, 9))
+def test_all_rates_lie_between_0_and_1_and_inside_their_interval(table: list[tuple[str, str]], seed: int) -> None:
+    scores = evaluate([b for _, b in table], [a for a, _ in table], words, seed=seed, resamples=40)
+    for name in ("exact_match", "macro_f1", "cosine"):
+        low, high = scores.intervals[name]
+        assert 0 <= low <= high <= 1 and 0 <= getattr(scores, name) <= 1, f"{name}: {low}, {high}"
+    for baseline in scores.baselines.values():
+        assert 0 <= baseline.exact_match <= 1 and 0 <= baseline.cosine <= 1
+
+
+def test_bootstrap_by_counts_equals_a_bootstrap_by_rows() -> None:
+    rng = np.random.default_rng(1)
+    reference = rng.integers(0, 8, 300)
+    prediction = np.where(rng.random(300) < 0.7, reference, rng.integers(0, 10, 300))
+    vectors = rng.normal(size=(10, 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    drawn: dict[str, list[float]] = {"exact_match": [], "macro_f1": [], "cosine": []}
+    for _ in range(2000):
+        rows = rng.integers(0, 300, 300)
+        for name, values in summarize(count_pairs(reference[rows], prediction[rows], vectors)).items():
+            drawn[name].append(float(values[0]))
+    found = bootstrap_intervals(count_pairs(reference, prediction, vectors), 2000, np.random.default_rng(2))
+    for name, values in drawn.items():
+        # A bound's own spread at 2,000 draws is some 0.003.
+        np.testing.assert_allclose(found[name], np.percentile(values, [2.5, 97.5]), atol=0.015, err_msg=name)
+
+
+def test_bootstrap_in_pieces_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    references, predictions = list("aabbccdd") * 4, list("aabcccdx") * 4
+    whole = evaluate(predictions, references, words, seed=3, resamples=64)
+    monkeypatch.setattr("minilora.metrics.RESAMPLED_NUMBERS", 1)
+    assert evaluate(predictions, references, words, seed=3, resamples=64).to_dict() == whole.to_dict()
+
+
+def test_one_seed_gives_one_evaluation_whatever_the_order_of_rows() -> None:
+    references, predictions = list("aabbccdd"), list("aabcccdx")
+    first = evaluate(predictions, references, words, seed=3)
+    assert first.to_dict() == evaluate(predictions, references, words, seed=3).to_dict()
+    assert first.intervals != evaluate(predictions, references, words, seed=4).intervals
+    backwards = evaluate(predictions[::-1], references[::-1], words, seed=3)
+    assert backwards.macro_f1 == pytest.approx(first.macro_f1) and backwards.per_label == first.per_label
+    assert backwards.baselines["majority"] == first.baselines["majority"]
+
+
+def test_close_pairs_name_contrast_against_none_first() -> None:
+    references = [WITH, WITHOUT, "CT Abdomen W WO Contrast", KNEE, "MRI Abdomen W Contrast", "US Pelvis"]
+    predictions = [WITHOUT, WITHOUT, WITH, KNEE, KNEE, "US Pelvis"]
+
+    def close(texts: Sequence[str]) -> Tensor:      # X-ray and ultrasound stand apart, all else is close
+        return torch.tensor([[1.0, 0.0] if text[:2] in ("XR", "US") else [0.1, 1.0 + 0.001 * len(text)] for text in texts])
+
+    pairs = evaluate(predictions, references, close, resamples=5).close_pairs
+    assert pairs and all(pair.cosine >= 0.9 for pair in pairs)
+    contrast_alone = [pair for pair in pairs if pair.difference.startswith("contrast") and ";" not in pair.difference]
+    assert contrast_alone == pairs[: len(contrast_alone)] and len(contrast_alone) == 3
+    found = {frozenset((pair.a, pair.b)): pair for pair in pairs}
+    assert found[frozenset((WITH, WITHOUT))].difference == "contrast: with against without"
+    assert found[frozenset((WITH, WITHOUT))].confused == 1
+    assert found[frozenset((KNEE, "US Pelvis"))].difference == "modality: ultrasound against X-ray; region: pelvis against knee"
+    assert not any(KNEE in pair and WITH in pair for pair in found)
+
+
+@pytest.mark.parametrize(("a", "b", "difference"), [
+    (WITH, WITHOUT, "contrast: with against without"),
+    ("MRI Brain W WO Contrast", "MRI Brain WO Contrast", "contrast: with and without against without"),
+    ("MRI Brain W/WO", "MRI Brain W", "contrast: with and without against with"),
+    ("CT Head with and without contrast", "CT head w/o contrast", "contrast: with and without against without"),
+    ("CT Head non-contrast", "CT Head, IV contrast", "contrast: without against with"),
+    ("CT Chest", "CT Chest W Contrast", "contrast: not said against with"),
+    ("CT Abdomen W Contrast", "MRI Abdomen W Contrast", "modality: CT against MR"),
+    ("CT Angiography Chest", "CT Chest", "modality: CTA against CT"),
+    ("CT Brain WO Contrast", "CT Lumbar Spine WO Contrast", "region: head against lumbar spine"),
+    ("CT Abdomen W Contrast", "CT Abdomen Pelvis W Contrast", "region: abdomen against abdomen, pelvis"),
+    ("XR Knee Left", "XR Knee RT", "side: left against right"),
+    ("CT C-Spine(Bone)", "MRI Cervical Spine WO Contrast", "modality: CT against MR"),
+    ("X-ray chest", "US Abdomen", "modality: X-ray against ultrasound; region: chest against abdomen"),
+    ("urgent", "routine", None), ("refund", "refund now", None), (WITH, WITH.lower(), None),
+    ("", WITH, "contrast: not said against with"),
+])
+def test_clinical_differences_are_named(a: str, b: str, difference: str | None) -> None:
+    assert clinical_difference(a, b) == difference
+    assert (clinical_difference(b, a) is None) == (difference is None)
+
+
+def test_protocol_names_are_read() -> None:
+    expected = {WITH: "with", WITHOUT: "without", "MRI Liver W WO Contrast": "with and without", "CT WWO": "with and without",
+                "XR Knee": None, "CT Head W/O": "without", "CT Head w/": "with", "Two views": None}
+    assert {name: read_protocol(name).contrast for name in expected} == expected
+
+
+def test_edges_one_label_empty_answers_and_nothing_at_all() -> None:
+    single = evaluate(["a"], ["a"], words, resamples=3)
+    assert single.exact_match == single.macro_f1 == 1 and single.intervals["macro_f1"] == (1.0, 1.0) and not single.close_pairs
+    empty = evaluate(["", " "], ["a", "b"], lambda texts: torch.ones(len(texts), 3), resamples=3)
+    assert empty.exact_match == empty.cosine == 0 and empty.outside == 2
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate([], [], words)
+    with pytest.raises(DataError, match="1 predictions and 2 references don't match"):
+        evaluate(["a"], ["a", "b"], words)
+    with pytest.raises(DataError, match="reference 2 of 2 is empty"):
+        evaluate(["a", "b"], ["a", " "], words)
+    for probability in (float("nan"), -0.1, 40.0):
+        with pytest.raises(DataError, match="between 0 and 1"):
+            evaluate(["a"], ["a"], words, probabilities=[probability])
+    with pytest.raises(ConfigError, match="one finite vector a text"):
+        evaluate(["a"], ["b"], lambda texts: torch.ones(1, 3))
+    with pytest.raises(ConfigError, match="resamples"):
+        evaluate(["a"], ["b"], words, resamples=0)
+
+
+def test_each_distinct_label_is_embedded_once() -> None:
+    seen: list[str] = []
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        seen.extend(texts)
+        return words(texts)
+
+    evaluate(["a", "b", "A", "c"] * 5, ["a", "b", "b", "a"] * 5, embed, resamples=3)
+    assert sorted(seen) == ["a", "b", "c"]
+
+
+def test_calibration_error_by_hand() -> None:
+    # Bin [0.9, 1]: two rows at 0.95, one right: |0.5 − 0.95|. Bin [0.2, 0.3): one row at 0.25, right: 0.75.
+    found = calibration_error(np.array([0.95, 0.95, 0.25]), np.array([True, False, True]))
+    assert found == pytest.approx((2 * 0.45 + 0.75) / 3)
+    scores = evaluate(["a", "b", "c"], ["a", "c", "c"], words, probabilities=[0.95, 0.95, 0.25], resamples=3)
+    assert scores.calibration_error == pytest.approx(found) and scores.mean_probability == pytest.approx(2.15 / 3)
+
+
+def test_files_hold_scores_and_rows_but_no_free_text_in_metrics(tmp_path: Path) -> None:
+    rows = [{"id": "1", "note": "fall, \"r/o\"\nbleed – Ä"}, {"id": "2", "note": "secret history"}]
+    predictions, references = [KNEE, "secret history"], [KNEE, WITH]
+    scores = evaluate(predictions, references, words, resamples=5)
+    save_evaluation(scores, tmp_path, rows, predictions, [0.5, None])
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    metrics = json.loads(text)
+    assert {"n", "exact_match", "macro_f1", "cosine", "intervals"} <= metrics.keys() and metrics["n"] == 2
+    assert "secret" not in text and metrics["outside"] == 1
+    assert "secret" not in format_table(scores)
+    known = evaluate(predictions, references, words, resamples=5, labels=[WITHOUT, "Secret  History"])
+    assert known.confusions[0].prediction == "secret history" and scores.confusions[0].prediction == OTHER
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == [{**rows[0], "prediction": KNEE, "probability": "0.5"},
+                                              {**rows[1], "prediction": "secret history", "probability": ""}]
+    assert stat.S_IMODE((tmp_path / "predictions.csv").stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "predictions.csv"]
+    with pytest.raises(DataError, match="'prediction'"):
+        save_evaluation(scores, tmp_path, [{"prediction": ""}] * 2, predictions)
+    with pytest.raises(DataError, match="don't match"):
+        save_evaluation(scores, tmp_path, rows[:1], predictions)
+
+
+def test_the_table_for_people_shows_intervals_baselines_and_pairs() -> None:
+    scores = evaluate([WITHOUT, WITHOUT, KNEE], [WITH, WITHOUT, KNEE], words, probabilities=[0.9, 0.8, 0.7], resamples=50)
+    text = format_table(scores)
+    for part in ("exact match", "95 %", "shuffled", "majority", "hardest labels", "calibration error",
+                 "contrast: with against without"):
+        assert part in text, f"{part!r} is not in\n{text}"
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_thousands_of_labels_and_rows_stay_within_memory() -> None:
+    references = [f"label {number % 3000}" for number in range(6000)]
+    predictions = [f"label {number * 7 % 3000}" for number in range(6000)]
+    vectors = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
+    scores = evaluate(predictions, references, lambda texts: vectors[: len(texts)], resamples=20)
+    assert scores.n == 6000 and len(scores.per_label) == 3000 and number_labels(references)[1].max() == 2999

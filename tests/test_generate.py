@@ -1,0 +1,102 @@
+"""Greedy decoding: equal to the plainest loop, whatever the batch."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.errors import CheckpointError, ConfigError, DataError
+from minilora.generate import evaluation_mode, generate, generate_ids
+from minilora.llama.checkpoint import load_checkpoint
+from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from tests.models import write_model
+
+PROMPTS = ["a", "History: fall", "CT of the abdomen, please", "x" * 40, "b", "fever, r/o abscess"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Tokenizer]:
+    folder = write_model(tmp_path_factory.mktemp("model"), std=0.3)
+    return load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+
+
+@torch.no_grad()
+def plain_greedy(model: LlamaForCausalLM, ids: list[int], eos: int | None, tokens: int) -> list[int]:
+    """No cache, no batch: the definition."""
+    answer: list[int] = []
+    while len(answer) < tokens:
+        token = int(model(torch.tensor([ids + answer]))[0, -1].argmax())
+        if token == eos:
+            break
+        answer.append(token)
+    return answer
+
+
+def test_answers_equal_decoding_without_cache(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    expected = [plain_greedy(model, tokenizer.encode(prompt), tokenizer.eos_id, 12) for prompt in PROMPTS]
+    assert generate_ids(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=4) == expected
+
+
+def test_answers_do_not_depend_on_the_batch(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    alone = [generate_ids(model, tokenizer, [prompt], 16)[0] for prompt in PROMPTS]
+    assert generate_ids(model, tokenizer, PROMPTS, 16, batch_size=6) == alone
+    assert generate_ids(model, tokenizer, PROMPTS[::-1], 16, batch_size=2) == alone[::-1]
+
+
+def test_each_row_stops_at_its_own_end_token(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    free = [plain_greedy(model, tokenizer.encode(prompt), None, 10) for prompt in PROMPTS]
+
+    class Ends:                                     # an end token that these answers do contain, at various places
+        eos_id, encode = free[0][3], staticmethod(tokenizer.encode)
+
+    expected = [ids[: ids.index(Ends.eos_id)] if Ends.eos_id in ids else ids for ids in free]
+    assert len(expected[0]) <= 3
+    assert generate_ids(model, Ends, PROMPTS, 10, batch_size=6) == expected      # type: ignore[arg-type]
+
+
+def test_text_and_its_ids_give_the_same_answer(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    texts = generate(model, tokenizer, PROMPTS, 8)
+    assert texts == generate(model, tokenizer, ids, 8)
+    assert texts == [tokenizer.decode(answer) for answer in generate_ids(model, tokenizer, ids, 8)]
+    assert generate(model, tokenizer, [], 8) == []
+
+
+def test_modes_of_all_modules_are_put_back(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    model.train()
+    model.model.layers[0].eval()                    # a mixed state, as after freezing a part
+    before = [module.training for module in model.modules()]
+    generate(model, tokenizer, ["a"], 2)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(RuntimeError), evaluation_mode(model):
+        raise RuntimeError("inside")
+    assert [module.training for module in model.modules()] == before
+    model.eval()
+
+
+def test_bad_prompts_are_refused_before_the_model_runs(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    with pytest.raises(CheckpointError, match="token id 259 is outside the embedding table of 259 rows"):
+        generate_ids(model, tokenizer, [[256, 259]])
+    with pytest.raises(ConfigError, match="prompt 2 of 2 has 250 tokens; with 7 more it exceeds the model's 256 positions"):
+        generate_ids(model, tokenizer, [[1], [1] * 250], max_new_tokens=7)
+    assert len(generate_ids(model, tokenizer, [[1] * 250], max_new_tokens=6)[0]) <= 6
+    with pytest.raises(DataError, match="prompt 1 of 1 has no tokens"):
+        generate_ids(model, tokenizer, [[]])
+    for sizes in ({"max_new_tokens": 0}, {"batch_size": 0}):
+        with pytest.raises(ConfigError, match="at least 1"):
+            generate_ids(model, tokenizer, ["a"], **sizes)
+
+
+def test_a_sliding_window_counts_tokens_and_not_padding(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", std=0.3, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=6)
+    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+    expected = [plain_greedy(model, tokenizer.encode(prompt), tokenizer.eos_id, 8) for prompt in PROMPTS]
+    assert generate_ids(model, tokenizer, PROMPTS, 8, batch_size=6) == expected
