@@ -2,7 +2,7 @@
 
     adapter_config.json          r, lora_alpha, target_modules, … as PEFT writes them
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in), …lora_B.weight (out, r)
-    minilora.json                what PEFT has no field for: how the base was quantized
+    minilora.json                what PEFT has no field for: how the base was quantized, the prompt it was trained with
 
 Module names of our Llama are Hugging Face's, so the keys are the model's own names behind PEFT's prefix.  An adapter fits
 the weights it was trained on: on a base quantized with another block size it still loads, but computes something else, so
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, OutputError
 from minilora.files import atomic_path, write_json
-from minilora.layers.lora import LoRAConfig, LoRALinear
-from minilora.layers.qlora import Quantization, add_lora, lora_layers, quantization_of
+from minilora.layers.lora import LoRAConfig, LoRALinear, dense_weight
+from minilora.layers.nf4_linear import NF4Linear
+from minilora.layers.qlora import Quantization, add_lora, is_target, lora_layers, quantization_of
 
 CONFIG_FILE, WEIGHTS_FILE, EXTRA_FILE = "adapter_config.json", "adapter_model.safetensors", "minilora.json"
 PREFIX = "base_model.model."
+# What PEFT can set that makes the adapter another function than the one computed here.
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layer_replication",
+               "exclude_modules", "lora_bias", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+               "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "megatron_config")
+# Trap: these starts subtract B A from the base weights, and the adapter's file alone doesn't tell the new base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_config_of(model: nn.Module) -> LoRAConfig:
     """The configuration the model's LoRA layers were made with.
 
-    Raises: ConfigError: the model has none.
+    Raises: ConfigError: the model has none, or its layers were not all made with one.
     """
-    layers = list(lora_layers(model))
+    layers = dict(lora_layers(model))
     if not layers:
         raise ConfigError("the model has no LoRA layers")
-    first = layers[0][1]
-    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers))
-    return LoRAConfig(first.r, first.alpha, first.dropout, targets, first.use_rslora,
-                      first.lora_magnitude_vector is not None)
+    settings = {(layer.r, layer.alpha, layer.dropout, layer.use_rslora, layer.lora_magnitude_vector is not None)
+                for layer in layers.values()}
+    if len(settings) > 1:
+        raise ConfigError("the model's LoRA layers differ in r, alpha, dropout or variant; an adapter folder holds one setting")
+    (r, alpha, dropout, use_rslora, use_dora), = settings
+    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    others = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear))
+              and not any(name.startswith(f"{adapted}.") for adapted in layers)]
+    if any(is_target(name, targets) for name in others):        # only some of a kind are adapted: name each in full
+        targets = tuple(layers)
+    return LoRAConfig(r, alpha, dropout, targets, use_rslora, use_dora)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -63,21 +77,29 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
         folder: created if absent; each file is replaced atomically.
         base_model: name or path recorded as the base. extra: entries added to minilora.json.
 
-    Raises: ConfigError: no LoRA layers. OutputError: the disk refuses.
+    Raises: ConfigError: no LoRA layers, or layers of several settings. OutputError: the disk refuses.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = lora_config_of(model)
-    quantization = quantization_of(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}; check the path and its permissions") from error
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(adapter_tensors(model), temporary, metadata={"format": "pt"})
-    write_json(folder / EXTRA_FILE, {"base_quantization": quantization and asdict(quantization), **(extra or {})})
+    save_extra(model, folder, extra)
     write_json(folder / CONFIG_FILE, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
         "target_modules": list(config.target_modules), "use_rslora": config.use_rslora, "use_dora": config.use_dora,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     })
+
+
+def save_extra(model: nn.Module, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
+    """Write minilora.json: how the model is stored, so that it is loaded like that again, and the entries of `extra`."""
+    quantization = quantization_of(model)
+    write_json(Path(folder) / EXTRA_FILE, {"base_quantization": quantization and asdict(quantization), **(extra or {})})
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -102,6 +124,22 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
+def base_quantization(folder: str | Path) -> Quantization | None:
+    """How the base of a folder's adapter was stored in training; the default where another tool wrote the adapter.
+
+    Raises: CheckpointError: minilora.json is malformed.
+    """
+    found = read_extra(folder).get("base_quantization", asdict(Quantization()))
+    if found is None:
+        return None
+    how = found if isinstance(found, dict) else {}
+    blocksize, double_quant = how.get("blocksize"), how.get("double_quant")
+    if type(blocksize) is not int or blocksize < 1 or not isinstance(double_quant, bool):
+        raise CheckpointError(f"{Path(folder) / EXTRA_FILE}: base_quantization must be null, or an object with blocksize and "
+                              f"double_quant, found {found!r:.80}")
+    return Quantization(blocksize, double_quant)
+
+
 def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]:
     """adapter_config.json as a `LoRAConfig`, and everything it says.
 
@@ -113,9 +151,13 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
     raw = read_json_object(path)
     if raw.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{path}: peft_type {raw['peft_type']!r} is not supported, only LORA")
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform"):
-        if raw.get(key):
+    for key in UNSUPPORTED:
+        if not (raw.get(key) is None or raw[key] is False or raw[key] in ([], {})):     # 0 means the first layer
             raise CheckpointError(f"{path}: {key} is set, which minilora does not support")
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise CheckpointError(f"{path}: init_lora_weights is {start!r:.40}: such an adapter belongs to a base that was changed "
+                              "at its start; convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)")
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in raw]
@@ -161,7 +203,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         warnings.warn(f"the adapter in {folder} was trained on a base stored as {_described(recorded['base_quantization'])}, "
                       f"this one is {_described(actual and asdict(actual))}: its answers will differ from those evaluated",
                       stacklevel=2)
-    add_lora(model, config)
+    # Trap: PEFT allows targets that this model has none of, as long as one is there.
+    linears = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
+    present = tuple(target for target in config.target_modules if any(is_target(name, (target,)) for name in linears))
+    add_lora(model, replace(config, target_modules=present))
     with torch.no_grad():
         for name, layer in lora_layers(model):
             layer.lora_A.weight.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
@@ -175,7 +220,7 @@ def _check_fit(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor],
     """Every tensor the model needs is there with its shape, finite, and none is left over; nothing is changed before."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in config.target_modules and hasattr(module, "in_features"):
+        if is_target(name, config.target_modules) and hasattr(module, "in_features"):
             if isinstance(module, LoRALinear):
                 raise CheckpointError("the model has an adapter already; load the base model anew")
             expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, module.in_features)
@@ -190,10 +235,19 @@ def _check_fit(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor],
                                   f"{shape}: the adapter belongs to another model")
         if not bool(torch.isfinite(tensors[key]).all()):
             raise CheckpointError(f"{folder / WEIGHTS_FILE}: {key} holds NaN or infinities")
-    left_over = sorted(tensors.keys() - expected.keys())
+    left_over = [key for key in sorted(tensors.keys() - expected.keys()) if not _is_own_weight(model, key, tensors[key])]
     if left_over or not expected:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {left_over[0] if left_over else 'an adapter'}, for which this "
-                              "model has no place: the adapter belongs to another model")
+                              "model has no place: the adapter belongs to another model, or changes more than its linears")
+
+
+def _is_own_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor is the model's weight, which PEFT saves beside an adapter on the head."""
+    name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, (nn.Linear, NF4Linear)) or key != f"{PREFIX}{name}.base_layer.weight":
+        return False
+    return torch.equal(tensor, dense_weight(module).to("cpu", tensor.dtype))
 
 
 def _described(quantization: Any) -> str:

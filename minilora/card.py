@@ -1,7 +1,8 @@
-"""The model card that is saved with every adapter: what it is, what it was made from, what it must not be used for."""
+"""The model card that is saved with every run: what it is, what it was made from, what it must not be used for."""
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import platform
 from importlib.metadata import version
@@ -33,12 +34,17 @@ def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str]
     Args:
         labels: the label set. notes: rows trained on.
     """
-    base = "4-bit NF4" + (", double-quantized" if config.double_quant else "") if config.quantize == "nf4" else "unquantized"
-    rows = [
-        ("base model", config.model), ("base weights", f"{base}, blocks of {config.blocksize}" if config.quantize == "nf4" else base),
+    base = "unquantized"
+    if config.quantize == "nf4":
+        base = f"4-bit NF4{', double-quantized' if config.double_quant else ''}, blocks of {config.blocksize}"
+    full = config.tune == "full"
+    adapter = [
         ("adapter", f"LoRA r={config.r}, alpha={config.alpha:g}, dropout={config.dropout:g}"
                     + (", rsLoRA" if config.use_rslora else "") + (", DoRA" if config.use_dora else "")),
         ("targets", ", ".join(config.target_modules)),
+    ]
+    rows = [
+        ("base model", config.model), ("base weights", base), *([("tuned", "all weights")] if full else adapter),
         ("trained numbers", f"{result.trained:,} of {result.parameters:,} ({result.trained / result.parameters:.2%})"),
         ("data", f"{notes:,} notes, {len(labels)} labels, SHA-256 {file_sha256(config.data)}"),
         ("steps", f"{result.steps} of {config.batch_size} x {config.accumulate} notes"),
@@ -49,15 +55,26 @@ def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str]
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     listed = "\n".join(f"- {label}" for label in labels[:200]) + ("\n- …" if len(labels) > 200 else "")
-    write_text(result.out / "README.md", f"""---
-base_model: {config.model}
-library_name: peft
-tags: [qlora, minilora]
+    if full:
+        head = f"""library_name: transformers
+tags: [minilora]
+---
+# Model for labelling short notes
+
+All weights of the base model below, tuned to turn a note into one of {len(labels)} labels."""
+    else:
+        head = f"""library_name: peft
+tags: [{"qlora" if config.quantize == "nf4" else "lora"}, minilora]
 ---
 # Adapter for labelling short notes
 
 A low-rank adapter that turns a note into one of {len(labels)} labels. It fits the base model below, stored as below, and
-no other: on a base quantized in another way its answers differ.
+no other: on a base quantized in another way its answers differ."""
+    use = f"--model {result.out}" if full else f"--model {config.model} --adapter {result.out}"
+    # A JSON text is a YAML one, whatever stands in the name.
+    write_text(result.out / "README.md", f"""---
+base_model: {json.dumps(config.model, ensure_ascii=False)}
+{head}
 
 | | |
 | --- | --- |
@@ -66,8 +83,8 @@ no other: on a base quantized in another way its answers differ.
 ## Use
 
 ```
-minilora predict --model {config.model} --adapter {result.out} --note "..."
-minilora evaluate --model {config.model} --adapter {result.out} --data test.csv --out scores
+minilora predict {use} --note "..."
+minilora evaluate {use} --data test.csv --out scores
 ```
 
 ## Intended use and limits

@@ -11,18 +11,24 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from minilora.config import TrainConfig, read_toml
-from minilora.errors import MiniloraError
+from minilora.errors import ConfigError, MiniloraError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad flags end like any other bad input: with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in the help, where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, "", argparse.SUPPRESS) and not isinstance(action.default, bool)
+        shown = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
         return (super()._get_help_string(action) if shown else action.help) or ""
 
 
@@ -32,7 +38,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     for setting in dataclasses.fields(TrainConfig):
         hint, default = hints[setting.name], setting.default
         flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        if default not in ("", False):
+        if default != "" and default is not False:      # 0 is a default worth showing, and equal to False
             help += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
         options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": help}
         if hint is bool:
@@ -50,16 +56,17 @@ def _model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False
     parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id")
     parser.add_argument("--adapter", required=adapter_required, help="run folder, or any PEFT adapter")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")
     parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
 
 
 def _answer_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labels", help="file with one label a line (default: the run's labels.txt)")
-    parser.add_argument("--free", action="store_true", help="write freely instead of choosing a label")
+    among = parser.add_mutually_exclusive_group()
+    among.add_argument("--labels", help="file with one label a line (default: the run's labels.txt)")
+    among.add_argument("--free", action="store_true", help="write freely instead of choosing a label")
     parser.add_argument("--template", help="prompt: note, inst, or a text file with one {input} (default: the run's)")
     parser.add_argument("--quantize", choices=("auto", "nf4", "none"), default="auto",
                         help="how to store the base; auto is as in training, or nf4 without an adapter")
+    parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and label together (default: the run's)")
     parser.add_argument("--input-column", default="input", help="column of notes")
 
@@ -71,11 +78,13 @@ def _out_flags(parser: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch: fine-tune a 4-bit Llama to label notes.")
+    parser = _Parser(prog="minilora", allow_abbrev=False,
+                     description="LoRA and QLoRA from scratch: fine-tune a 4-bit Llama to label notes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=_Formatter)
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=_Formatter,
+                                  allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
@@ -94,12 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="tiny, a folder in Hugging Face's layout, or a hub id")
     sub.add_argument("out", help="folder to create")
     sub.add_argument("--blocksize", type=int, default=64, help="weights per block")
-    sub.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True, help="quantize the block constants too")
+    sub.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
+                     help="quantize the block constants too")
     sub.add_argument("--dtype", default="bfloat16", help="of embeddings, norms and head: float32, bfloat16 or float16")
     sub.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
     _out_flags(sub)
 
-    sub = command("train", _train, "fine-tune a 4-bit base with LoRA on a table of notes and labels")
+    sub = command("train", _train, "fine-tune a 4-bit base with LoRA (or all weights) on a table of notes and labels")
     sub.add_argument("--config", help="TOML file with any of the settings below; flags win over it")
     _train_flags(sub)
 
@@ -108,7 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     _answer_flags(sub)
     sub.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
     sub.add_argument("--label-column", default="label", help="column of labels")
-    sub.add_argument("--embedder", default="base", choices=("base",), help="what measures cosine similarity: the base model itself")
+    sub.add_argument("--embedder", default="base", choices=("base",),
+                     help="what measures cosine similarity: the base model itself")
     sub.add_argument("--out", required=True, help="folder for metrics.json and predictions.csv")
     sub.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     _out_flags(sub)
@@ -140,8 +151,8 @@ def _demo(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from minilora.data.radiology import PROTOCOLS, RULES, write_dataset
     counts = write_dataset(args.out, n=args.n, seed=args.seed, overwrite=args.overwrite)
-    print(", ".join(f"{name}.csv {count:,} notes" for name, count in counts.items()) + f" in {args.out}: {len(PROTOCOLS)} protocols "
-          f"by {len(RULES)} clinical rules")
+    print(", ".join(f"{name}.csv {count:,} notes" for name, count in counts.items())
+          + f" in {args.out}: {len(PROTOCOLS)} protocols by {len(RULES)} clinical rules")
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -159,19 +170,19 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}"
               + (f", validation {result.val_loss:.4f}" if result.val_loss is not None else "")
               + f"; {result.trained:,} of {result.parameters:,} numbers trained; peak memory {result.peak_bytes / 1e9:.2f} GB")
-        print(f"next: minilora predict --model {config.model} --adapter {config.out} --note \"...\"")
+        tuned = f"--model {config.out}" if config.tune == "full" else f"--model {config.model} --adapter {config.out}"
+        print(f"next: minilora predict {tuned} --note \"...\"")
 
 
 def _predictor(args: argparse.Namespace) -> Any:
     from minilora.predict import Predictor
-    return Predictor.load(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device, args.dtype,
-                          args.max_length, args.pad_vocab)
+    return Predictor.load(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device,
+                          args.dtype, args.max_length, args.pad_vocab)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from minilora.score import score_table
-    from minilora.files import check_output
-    check_output(args.out, args.overwrite)
+    from minilora.score import read_scored_table, score_table
+    read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
     evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
                              args.overwrite, args.quiet)
     if not args.quiet:
@@ -180,9 +191,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from minilora.errors import ConfigError
-    from minilora.predict import predict_table
+    from minilora.predict import check_tables, predict_table
     if args.note is not None:
+        if args.out:
+            raise ConfigError("--out goes with --data; the label of a --note is printed")
         answer, = _predictor(args).predict([args.note])
         if answer.error:
             raise ConfigError(f"--note: {answer.error}")
@@ -192,8 +204,7 @@ def _predict(args: argparse.Namespace) -> None:
         return
     if not args.out:
         raise ConfigError("--data needs --out: the table to write the predictions to")
-    from minilora.files import check_output
-    check_output(args.out, args.overwrite)
+    check_tables(args.data, args.out, args.input_column, args.overwrite)     # before the model is loaded
     rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")
@@ -210,14 +221,17 @@ def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _one_line_warning
         try:
+            args, unknown = (parser := build_parser()).parse_known_args(argv)
+            if unknown:     # of a note that was not quoted the words end here: name flags alone
+                flags = ", ".join(word.partition("=")[0] for word in unknown if word.startswith("--")) or "more than one word"
+                parser.error(f"{args.command}: no place for {flags}; put quotes around a text with spaces")
             args.run(args)
         except MiniloraError as error:
-            print(f"minilora: {error}", file=sys.stderr)
+            print("minilora: " + " ".join(str(error).splitlines()), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("minilora: stopped", file=sys.stderr)

@@ -25,6 +25,10 @@ else:
     import tomli as tomllib
 
 
+# Settings that a resumed run may change.
+MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device"}
+
+
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -44,6 +48,8 @@ class TrainConfig:
     label_column: str = _setting("label", "column of labels")
     template: str = _setting("note", "prompt: note, inst, or a text file with one {input}")
     quantize: Literal["nf4", "none"] = _setting("nf4", "store the base in 4 bits (QLoRA), or not (LoRA)")
+    tune: Literal["lora", "full"] = _setting("lora", "train low-rank adapters over a frozen base, or all weights (full; in "
+                                                     "float32, needs quantize none)")
     double_quant: bool = _setting(True, "quantize the block constants as well")
     blocksize: int = _setting(64, "weights per quantization block")
     r: int = _setting(16, "rank of the update")
@@ -57,7 +63,8 @@ class TrainConfig:
     batch_size: int = _setting(16, "notes per micro-batch")
     accumulate: int = _setting(1, "micro-batches per optimizer step")
     max_length: int = _setting(512, "tokens of prompt and label together; a longer note keeps its head and tail")
-    lr: float = _setting(0.0, "peak learning rate; 0 = 2e-4 * 4096 / hidden size (QLoRA's rate at 7B, scaled by width)")
+    lr: float = _setting(0.0, "peak learning rate; 0 = 2e-4 * 4096 / hidden size (QLoRA's rate at 7B, scaled by width), and a "
+                              "tenth of that for tune full")
     warmup: float = _setting(0.05, "share of the steps in which the rate rises from 0; then it falls as a cosine to 0")
     weight_decay: float = _setting(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm; 0 = never")
@@ -90,6 +97,10 @@ class TrainConfig:
             raise ConfigError("nothing to train: epochs is 0; give epochs or max_steps")
         if self.resume and self.overwrite:
             raise ConfigError("resume goes on with the run folder, overwrite replaces it: give one of the two")
+        if self.tune == "full" and self.quantize != "none":
+            raise ConfigError("tune full changes every weight, which 4-bit ones can't be: add quantize none, or tune lora")
+        if self.tune == "full" and self.dtype not in ("auto", "float32"):
+            raise ConfigError(f"tune full trains float32 weights (small updates are lost in {self.dtype}): leave dtype auto")
         self.lora()
 
     def lora(self) -> LoRAConfig:
@@ -103,9 +114,25 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write config.toml: everything but how this call was made (resume, overwrite, quiet)."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-                  if name not in ("resume", "overwrite", "quiet")}
-        write_text(path, tomli_w.dumps(values))
+        write_text(path, tomli_w.dumps(self.settings()))
+
+    def settings(self) -> dict[str, Any]:
+        """What config.toml holds."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+                if name not in ("resume", "overwrite", "quiet")}
+
+    def check_resumes(self, path: str | Path) -> None:
+        """Refuse to go on with a run under settings that would make another run of it.
+
+        Files may have moved, and a run may be made longer or shorter (the rate then follows the new length).
+
+        Raises: ConfigError: the run's config.toml differs, or cannot be read.
+        """
+        before, now = read_toml(path), self.settings()
+        for name in now.keys() - MAY_CHANGE:
+            if name in before and before[name] != now[name]:
+                raise ConfigError(f"resume: {name} is {now[name]!r} and was {before[name]!r} in {path}; give it as before, or "
+                                  "start another run")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -1,23 +1,29 @@
 """Whole-checkpoint conversions: 16-bit to 4-bit, and base plus adapter to one model."""
 from __future__ import annotations
 
+import warnings
 from math import sqrt
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from minilora.adapters import read_extra
+from minilora.adapters import base_quantization, load_adapter, read_adapter_config, read_extra, save_extra
+from minilora.data.tables import read_labels, write_labels
 from minilora.errors import ConfigError
 from minilora.files import check_output, new_folder
 from minilora.hub import resolve_model
 from minilora.layers.merge import MergeError, merge_lora
-from minilora.layers.qlora import Quantization, lora_layers
 from minilora.layers.nf4_linear import NF4Linear
+from minilora.layers.qlora import Quantization, lora_layers
 from minilora.llama.bnb_format import save_quantized
 from minilora.llama.checkpoint import save_checkpoint
+from minilora.llama.config import LlamaConfig
 from minilora.llama.tokenizer import load_tokenizer
 from minilora.loading import DTYPES, load_model, pick_device
+
+MARKER = "config.json"      # without it a folder is no model, and is not overwritten
 
 
 def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_quant: bool = True, dtype: str = "bfloat16",
@@ -27,16 +33,19 @@ def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_qua
     Returns: a sentence with sizes and bits per weight.
     Raises: OutputError, CheckpointError, HubError, ConfigError.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, MARKER)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
+    if blocksize < 1:
+        raise ConfigError(f"blocksize must be at least 1, not {blocksize}")
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, double_quant=double_quant, dtype=DTYPES[dtype], blocksize=blocksize, pad_vocab=pad_vocab,
                         progress=not quiet)
-    with new_folder(out, overwrite) as temporary:
+    with new_folder(out, overwrite, MARKER) as temporary:
         save_quantized(loaded, temporary)
         tokenizer.save(temporary)
+        _keep_task(loaded, folder, temporary)
     layers = [module for module in loaded.modules() if isinstance(module, NF4Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     bits = sum(layer.quantized.bits_per_param * layer.in_features * layer.out_features for layer in layers) / weights
@@ -46,7 +55,7 @@ def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_qua
 
 def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "16bit", device: str = "auto",
                  pad_vocab: bool = False, overwrite: bool = False, quiet: bool = False) -> str:
-    """Write base plus adapter as one checkpoint.
+    """Write base plus adapter as one checkpoint, in the 16-bit type of the base (bfloat16 where that has another).
 
     Args:
         into: "16bit" (the dequantized base: the model that was trained), "4bit", or "original" (the unquantized base).
@@ -54,18 +63,27 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
     Returns: a sentence with the measured error, over all adapted layers.
     Raises: OutputError, CheckpointError, HubError, ConfigError.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, MARKER)
+    if into not in ("16bit", "4bit", "original"):
+        raise ConfigError(f"into must be 16bit, 4bit or original, not {into!r}")
+    on = pick_device(device)
     folder = resolve_model(model)
+    read_adapter_config(adapter)
+    trained_on = base_quantization(adapter)
+    raw = LlamaConfig.from_json(folder / "config.json").to_dict()
+    if into == "4bit" and trained_on is None:
+        raise ConfigError(f"the adapter in {adapter} was trained on an unquantized base: merge it --into 16bit, then minilora "
+                          "quantize the result")
+    if into == "original" and raw.get("quantization_config"):
+        raise ConfigError(f"{folder} is a 4-bit model, so the original weights are not there; name the 16-bit model, or merge "
+                          "--into 16bit")
     tokenizer = load_tokenizer(folder)
-    stored = read_extra(adapter).get("base_quantization", {"blocksize": 64, "double_quant": True})
-    trained_on = Quantization(int(stored["blocksize"]), bool(stored["double_quant"])) if isinstance(stored, dict) else None
     dense = into == "original" or trained_on is None
     how = trained_on or Quantization()
     # 16-bit arithmetic plays no part here: weights are merged in float32 and rounded once, to the base's own type.
+    dtype = torch.float16 if "float16" in (raw.get("torch_dtype"), raw.get("dtype")) else torch.bfloat16
     loaded = load_model(folder, quantize=None if dense else "nf4", double_quant=how.double_quant, blocksize=how.blocksize,
-                        dtype=torch.bfloat16, device=pick_device(device), pad_vocab=pad_vocab)
-    from minilora.adapters import load_adapter
-    import warnings
+                        dtype=dtype, device=on, pad_vocab=pad_vocab, progress=not quiet)
     with warnings.catch_warnings():
         if into == "original":
             warnings.simplefilter("ignore", UserWarning)    # that the base differs is the point, and is measured below
@@ -76,13 +94,26 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
             errors.append(error)
             progress.update()
         merge_lora(loaded, "4bit" if into == "4bit" else "16bit", trained_on=trained_on if dense else None, on_layer=measured)
-    with new_folder(out, overwrite) as temporary:
+    with new_folder(out, overwrite, MARKER) as temporary:
         if into == "4bit":
             save_quantized(loaded, temporary)
         else:
             save_checkpoint(loaded, temporary)
         tokenizer.save(temporary)
+        _keep_task(loaded, Path(adapter), temporary)
     return f"{out}: {len(errors)} layers merged into {into}; {describe(errors)}"
+
+
+def _keep_task(model: nn.Module, source: Path, folder: Path) -> None:
+    """Carry labels and prompt from a run or model folder into a new model's, so that predicting needs no flags for them.
+
+    minilora.json also says how this model is stored: one merged into 16 bits must not be quantized again unasked.
+    """
+    recorded = read_extra(source)
+    if "template" in recorded:
+        save_extra(model, folder, {key: value for key, value in recorded.items() if key != "base_quantization"})
+    if (source / "labels.txt").is_file():
+        write_labels(folder / "labels.txt", read_labels(source / "labels.txt"))
 
 
 def describe(errors: list[MergeError]) -> str:

@@ -8,24 +8,24 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from minilora.config import TrainConfig
-from minilora.data.radiology import PROTOCOLS, RULES, write_dataset
-from minilora.data.tables import label_set, read_table
-from minilora.errors import OutputError
+from minilora.data.radiology import PROTOCOLS, RULES, labels, write_dataset
+from minilora.data.radiology.notes import WORKED_EXAMPLE
+from minilora.data.tables import read_table, write_labels
 from minilora.evaluate import Evaluation, format_table
-from minilora.files import write_json
+from minilora.files import check_output, write_json
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.plots import draw_demo
 from minilora.predict import Predictor
 from minilora.score import predict_all, score_predictions
 from minilora.train import train
 
-NOTES, EPOCHS, BATCH, RATE = 10_000, 2, 16, 4e-3
-WORKED_EXAMPLE = ("History: heart failure, hepatic vein; Diagnosis: concern for liver laceration post-procedure, post-biopsy, "
-                  "on apixaban")
+NOTES = 10_000
+SETTINGS: dict[str, Any] = {"model": "tiny", "input_column": "note", "label_column": "label", "max_length": 256,
+                            "epochs": 2, "batch_size": 16, "lr": 4e-3}
 EXPECTED = "CT Abdomen W Contrast"
-MARKER = "before.json"
 
 
 def _score(predictor: Predictor, data: Path, out: Path, quiet: bool) -> Evaluation:
@@ -48,34 +48,28 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
     Raises: OutputError: `out` exists, and is no earlier demo to be overwritten.
     """
     out, started = Path(out), time.perf_counter()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not overwrite:
-            raise OutputError(f"{out} exists already; choose another --out or pass --overwrite")
-        if not (out / "data").is_dir():
-            raise OutputError(f"{out} is no earlier demo; choose another --out")
+    check_output(out, overwrite, marker="data/train.csv")
+    if out.is_dir():
         shutil.rmtree(out)
     print("1. Data: order notes and protocol labels, written from clinical rules")
     counts = write_dataset(out / "data", n=NOTES, seed=seed)
-    print(f"   {counts['train']:,} notes to train on, {counts['val']:,} to watch, {counts['test']:,} to test, in phrasings that "
-          f"training never saw; {len(PROTOCOLS)} protocols, {len(RULES)} rules")
+    print(f"   {counts['train']:,} notes to train on, {counts['val']:,} to watch, {counts['test']:,} to test, in phrasings "
+          f"that training never saw; {len(PROTOCOLS)} protocols, {len(RULES)} rules")
 
     print("2. The base model, before: a small Llama that has read notes, but never which protocol one asks for")
-    labels = out / "data" / "labels.txt"
-    labels.write_text("".join(f"{label}\n" for label in label_set(protocol.name for protocol in PROTOCOLS)), encoding="utf-8")
-    base = Predictor.load("tiny", labels=labels)
+    write_labels(out / "data" / "labels.txt", labels())
+    base = Predictor.load("tiny", labels=out / "data" / "labels.txt")
     layers = [module for module in base.model.modules() if isinstance(module, NF4Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     packed = sum(layer.quantized.nbytes for layer in layers)
     print(f"   {len(layers)} linears, {weights:,} weights in NF4 with double quantization: {packed:,} bytes, "
           f"{layers[0].quantized.bits_per_param:.3f} bits a weight (16-bit: {2 * weights:,} bytes)")
-    before = _score(base, out / "data" / "test.csv", out / MARKER, quiet)
+    before = _score(base, out / "data" / "test.csv", out / "before.json", quiet)
     print("   " + _line("before", before))
 
     print("3. QLoRA: frozen 4-bit base, low-rank updates on all seven linears of each block")
-    config = TrainConfig(model="tiny", data=str(out / "data" / "train.csv"), val=str(out / "data" / "val.csv"), out=str(out / "run"),
-                         input_column="note", label_column="label", epochs=EPOCHS, batch_size=BATCH, lr=RATE, max_length=256,
-                         seed=seed, quiet=quiet)
-    result = train(config)
+    result = train(TrainConfig(**SETTINGS, data=str(out / "data" / "train.csv"), val=str(out / "data" / "val.csv"),
+                               out=str(out / "run"), seed=seed, quiet=quiet))
     print(f"   {result.trained:,} of {result.parameters:,} numbers trained in {result.steps} steps and {result.seconds:.0f} s; "
           f"loss {result.loss:.3f}, validation {result.val_loss or float('nan'):.3f}")
 
@@ -87,10 +81,11 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
     print("\n".join("   " + line for line in format_table(after).splitlines()))
 
     answer, = tuned.predict([WORKED_EXAMPLE])
-    print(f"5. The worked example, a sentence that stands in no generated file\n   note:  {WORKED_EXAMPLE}\n   label: {answer.label} "
-          f"(probability {answer.probability or 0:.2f}; right is {EXPECTED})")
+    print(f"5. The worked example, a sentence that stands in no generated file\n   note:  {WORKED_EXAMPLE}\n"
+          f"   label: {answer.label} (probability {answer.probability or 0:.2f}; right is {EXPECTED})")
     picture = draw_demo(out, before, after)
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Scores, run folder" + (" and demo.png" if picture else "") + f" in {out}.")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Scores, run folder" + (" and demo.png" if picture else "")
+          + f" in {out}.")
     print("The same for Meditron-7B, on your own notes (columns are named by flags):\n"
           "   minilora train --model epfl-llm/meditron-7b --data notes.csv --input-column note --label-column label \\\n"
           "                  --template inst --gradient-checkpointing --batch-size 1 --accumulate 16 --out run")

@@ -73,11 +73,15 @@ def write_json(path: str | os.PathLike[str], value: Any, mode: int = 0o644) -> N
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
+def check_output(path: str | os.PathLike[str], overwrite: bool, marker: str = "") -> None:
     """Refuse an output that exists, unless it may be overwritten.
 
+    Args:
+        marker: a file that every folder of this kind holds; one without it is somebody else's, and is never replaced.
+
     Raises:
-        OutputError: `path` exists (an empty folder doesn't count) and `overwrite` is False, or its parent is a file.
+        OutputError: `path` exists (an empty folder doesn't count) and `overwrite` is False, or it lacks the marker, or its
+            parent is a file.
     """
     final = Path(path)
     for parent in final.absolute().parents:
@@ -88,17 +92,20 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
     in_use = any(final.iterdir()) if final.is_dir() else final.exists()
     if in_use and not overwrite:
         raise OutputError(f"{final} exists already; choose another output or pass --overwrite")
+    if in_use and marker and not (final / marker).is_file():
+        raise OutputError(f"{final} exists and holds no {marker}, so it is no earlier output of this kind; choose another "
+                          "output")
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = "") -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name on success and is removed on failure.
 
     Raises:
-        OutputError: `path` exists and is not empty, and `overwrite` is False; or the disk refuses.
+        OutputError: as `check_output`; or the disk refuses.
     """
     final = Path(path).absolute()
-    check_output(final, overwrite)
+    check_output(final, overwrite, marker)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))

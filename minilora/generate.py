@@ -86,8 +86,10 @@ def generate_ids(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequenc
         DataError: a prompt without tokens.
     Guarantee: a prompt's answer is the same alone and in any batch (test_answers_do_not_depend_on_the_batch).
     """
-    if max_new_tokens < 1 or batch_size < 1:
+    if not all(isinstance(size, int) and size >= 1 for size in (max_new_tokens, batch_size)):
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
+    if isinstance(prompts, str):            # Trap: a text is a sequence of texts, its characters
+        raise ConfigError("prompts is a list of texts; put a single one into a list: [prompt]")
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     check_prompts(ids, model, max_new_tokens)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))      # alike in length: little padding

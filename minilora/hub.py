@@ -33,6 +33,9 @@ def resolve_model(name: str | os.PathLike[str], revision: str | None = None, pro
     Raises: CheckpointError: no such folder, or not a model's. HubError: the hub id is malformed, unknown, gated or cannot
         be reached.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise CheckpointError(f"a model is named by a text or a path, not by {name!r:.60}; name a model folder, 'tiny', or a "
+                              "hub id such as epfl-llm/meditron-7b")
     text = os.fspath(name)
     if text == "tiny":
         tiny = Path(str(importlib.resources.files("minilora") / "assets" / "tiny"))
@@ -45,7 +48,7 @@ def resolve_model(name: str | os.PathLike[str], revision: str | None = None, pro
     if text and path.exists():
         raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and the weights")
     looks_like_a_path = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or "\\" in text
-    if not text or looks_like_a_path or isinstance(name, Path):
+    if not text or looks_like_a_path or not isinstance(name, str):
         raise CheckpointError(f"{text or repr(text)}: no such folder; name a model folder, 'tiny', or a hub id such as "
                               "epfl-llm/meditron-7b")
     if not HUB_ID.fullmatch(text):
@@ -82,7 +85,9 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise HubError(f"{repo}: the repository has no config.json, so it is not a model in the Hugging Face layout")
     if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise HubError(f"{repo}: the repository has neither model*.safetensors nor pytorch_model*.bin")
+        raise HubError(f"{repo}: neither model*.safetensors nor pytorch_model*.bin in the repository, or in what the cache "
+                       f"{huggingface_hub.constants.HF_HUB_CACHE} holds of it; if the hub cannot be reached here, run on a "
+                       f"machine that can: hf download {repo} --local-dir DIR, copy DIR here and name it instead")
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from minilora.adapters import load_adapter
+from minilora.adapters import load_adapter, read_adapter_config
 from minilora.errors import ConfigError
 from minilora.hub import resolve_model
 from minilora.llama.checkpoint import load_checkpoint
@@ -24,7 +24,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for, but no CUDA GPU is available here; use --device cpu")
@@ -56,19 +56,26 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
         path_or_hub_id: "tiny" (ships with the package), a folder in Hugging Face's layout, or a hub id.
         quantize: "nf4" keeps the linears of the blocks in 4 bits; None keeps all in `dtype`.
         double_quant, blocksize: how to quantize; a folder that is 4-bit already says so itself.
-        dtype: of embeddings, norms and head, and of the arithmetic. device: where it goes.
+        dtype: of embeddings, norms and head, and of the arithmetic. device: where it goes, as `pick_device` reads it.
         adapter: folder of a PEFT adapter to attach.
         pad_vocab: fill a table that has fewer rows than config.json says with its mean row.
         revision: branch, tag or commit on the hub.
 
     Returns: the model in eval mode; with an adapter, its LoRA parameters are trainable.
-    Raises: CheckpointError, HubError, ConfigError: see the modules that do the work.
+    Raises: CheckpointError, HubError, ConfigError: see the modules that do the work; ConfigError: an argument.
     """
     if quantize not in (None, "nf4"):
         raise ConfigError(f"quantize must be 'nf4' or None, not {quantize!r}")
-    folder = resolve_model(str(path_or_hub_id), revision=revision)
+    if dtype not in (*DTYPES.values(), torch.float64):
+        raise ConfigError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, not {dtype!r}")
+    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
+        raise ConfigError(f"blocksize must be a positive whole number of weights, not {blocksize!r}")
+    device = pick_device(str(device))
+    if adapter is not None:
+        read_adapter_config(adapter)        # a bad one is refused before gigabytes are read
+    folder = resolve_model(path_or_hub_id, revision=revision)
     model = load_checkpoint(folder, quantize=quantize, double_quant=double_quant, blocksize=blocksize, dtype=dtype,
-                            device=str(device), pad_vocab=pad_vocab, progress=progress)
+                            device=device, pad_vocab=pad_vocab, progress=progress)
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()

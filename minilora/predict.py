@@ -13,16 +13,26 @@ from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
-from minilora.adapters import read_extra
-from minilora.data.prompts import DEFAULT_TEMPLATE, Template, check_ids, clean_note, encode_prompt, load_template, longest_label
+from minilora.adapters import EXTRA_FILE, base_quantization, read_adapter_config, read_extra
+from minilora.data.formats import table_format
+from minilora.data.prompts import (
+    DEFAULT_TEMPLATE,
+    Template,
+    check_ids,
+    clean_note,
+    encode_prompt,
+    load_template,
+    longest_label,
+)
 from minilora.data.table_writer import TableWriter, added_columns
 from minilora.data.tables import iter_table, read_columns, read_labels
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, OutputError
 from minilora.files import check_output
 from minilora.generate import generate_ids
+from minilora.hub import resolve_model
+from minilora.layers.qlora import Quantization
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, load_tokenizer
-from minilora.hub import resolve_model
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.trie import LabelTrie, predict_labels
 
@@ -62,37 +72,40 @@ class Predictor:
     def load(cls, model: str, adapter: str | Path | None = None, labels: str | Path | None = None, free: bool = False,
              template: str | None = None, quantize: Literal["auto", "nf4", "none"] = "auto", device: str = "auto",
              dtype: str = "auto", max_length: int | None = None, pad_vocab: bool = False) -> Predictor:
-        """Load what a run folder and the flags describe.
+        """Load what a run folder and the flags describe; everything small is read before the weights.
 
         Args:
-            model: name of the base. adapter: run folder, or any PEFT adapter; None for the base alone.
+            model: name of the base; a fully tuned or merged model is one that brings its labels and its prompt along.
+            adapter: run folder, or any PEFT adapter; None for the model alone.
             labels: file of labels; default the run folder's labels.txt. free: ignore labels and write freely.
             template, max_length: default those of the run. quantize: "auto" stores the base as in training.
 
         Raises: MiniloraError: anything that cannot be loaded, or no labels where they are needed.
         """
-        recorded = read_extra(adapter) if adapter is not None else {}
-        stored = recorded.get("base_quantization", {}) if quantize == "auto" else {}
-        if not isinstance(stored, dict | None):
-            raise CheckpointError(f"{adapter}: base_quantization in minilora.json must be an object or null, found {stored!r:.80}")
-        four_bit = quantize == "nf4" or (quantize == "auto" and stored is not None)
-        stored = stored or {}
         on = pick_device(device)
+        compute = pick_dtype(dtype, on)
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, not {max_length}")
         folder = resolve_model(model)
+        if adapter is not None:
+            read_adapter_config(adapter)
+        run = Path(adapter) if adapter is not None else folder
+        recorded, stored = read_extra(run), base_quantization(run)
         if labels is None and not free:
-            if adapter is None or not (Path(adapter) / "labels.txt").is_file():
+            labels = run / "labels.txt"
+            if not labels.is_file():
                 raise ConfigError("no label set: give --labels FILE with one label a line, or --free to write freely")
-            labels = Path(adapter) / "labels.txt"
         known = None if free or labels is None else read_labels(labels)
-        loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=bool(stored.get("double_quant", True)),
-                            blocksize=int(stored.get("blocksize", 64)), dtype=pick_dtype(dtype, on), device=on, adapter=adapter,
-                            pad_vocab=pad_vocab)
-        if template is None and isinstance(recorded.get("template"), str):
-            prompt = Template("of the run", recorded["template"])
-        else:
-            prompt = load_template(template or DEFAULT_TEMPLATE)
-        length = max_length or int(recorded.get("max_length", 512))
-        return cls(loaded, load_tokenizer(folder), prompt, known, length)
+        written, length = recorded.get("template", load_template(DEFAULT_TEMPLATE).text), recorded.get("max_length", 512)
+        if not isinstance(written, str) or type(length) is not int:
+            raise CheckpointError(f"{run / EXTRA_FILE}: template must be a text and max_length a whole number")
+        prompt = load_template(template) if template else Template(f"of {run}", written)
+        tokenizer = load_tokenizer(folder)
+        four_bit = quantize == "nf4" or (quantize == "auto" and stored is not None)
+        how = stored or Quantization()
+        loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=how.double_quant,
+                            blocksize=how.blocksize, dtype=compute, device=on, adapter=adapter, pad_vocab=pad_vocab)
+        return cls(loaded, tokenizer, prompt, known, max_length or length)
 
     def predict(self, notes: Sequence[str]) -> list[Prediction]:
         """Label notes; an empty one gets an error instead of an answer."""
@@ -124,6 +137,23 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
+def check_tables(data: str | Path, out: str | Path, input_column: str, overwrite: bool = False) -> list[str]:
+    """Find what would stop `predict_table` at its first row, so that no model need be loaded for it.
+
+    Returns: the columns of the output.
+    Raises: DataError, OutputError.
+    """
+    check_output(out, overwrite)
+    table_format(Path(out), None, OutputError)
+    if Path(out).is_dir():
+        raise OutputError(f"{out} is a folder; name a file")
+    if not Path(out).absolute().parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {Path(out).parent}; make it first")
+    columns = added_columns(data, read_columns(data), ADDED_COLUMNS)
+    next(iter_table(data, input_column))
+    return columns
+
+
 def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input_column: str, overwrite: bool = False,
                   quiet: bool = False) -> int:
     """Label a table row by row: the input's columns, then prediction, probability, error; owner-only.
@@ -134,8 +164,7 @@ def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input
     Returns: rows written.
     Raises: DataError, OutputError.
     """
-    check_output(out, overwrite)
-    columns = added_columns(data, read_columns(data), ADDED_COLUMNS)
+    columns = check_tables(data, out, input_column, overwrite)
     rows = 0
     with TableWriter(out, columns, overwrite) as writer, tqdm(desc="predict", unit="row", disable=quiet) as progress:
         for chunk in chunks(iter_table(data, input_column), ROWS_AT_ONCE):

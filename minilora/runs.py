@@ -1,16 +1,18 @@
 """A run folder, and checkpoints from which a killed run goes on to the same bytes.
 
     config.toml  labels.txt  metrics.jsonl  tokenizer files  README.md (model card)
-    adapter_config.json  adapter_model.safetensors  minilora.json          written when training ends
-    checkpoints/step-000200/    adapter.safetensors, optimizer.pt, state.json: the last two are kept
+    adapter_config.json  adapter_model.safetensors  minilora.json          written when training ends; after full tuning
+    config.json  model.safetensors  minilora.json                          these, i.e. the run folder is the model's
+    checkpoints/step-000200/    trained.safetensors, optimizer.pt, state.json: the last two are kept
 
-A checkpoint holds all that the next step depends on: adapters, moments, random states, and the position, which is one
+A checkpoint holds all that the next step depends on: trained weights, moments, random states, and the position, which is one
 number because the order of batches is a function of (seed, epoch).  It is written under another name, synced and renamed,
 so a folder that is called step-N is whole.
 """
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -22,13 +24,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minilora.adapters import adapter_tensors, read_json_object
+from minilora.adapters import read_json_object
 from minilora.errors import CheckpointError, OutputError
 from minilora.files import check_output, new_folder, write_json
-from minilora.layers.qlora import lora_layers
 
 KEPT = 2
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.toml"
+# What torch, safetensors and json raise on a file that was cut short or overwritten.
+UNREADABLE = (CheckpointError, SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, EOFError,
+              pickle.UnpicklingError)
 
 
 @dataclass
@@ -39,36 +43,49 @@ class Position:
     metrics_bytes: int = 0
 
 
-def open_run(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or check that it may be gone on with.
+def check_run(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that cannot be made, replaced or gone on with; changes nothing.
 
-    Raises: OutputError: it exists and neither flag was given; or it is to be replaced but is no run folder.
+    Raises: OutputError: it exists and neither flag was given; or it is to be replaced or resumed but is no run folder.
     """
-    if resume:
-        if not (folder / "config.toml").is_file():
-            raise OutputError(f"{folder} holds no run to resume (no config.toml); start it without --resume")
-        return
-    if overwrite and folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        if not (folder / "config.toml").is_file():
-            raise OutputError(f"{folder} exists and is no run folder (no config.toml); choose another --out")
-        shutil.rmtree(folder)
-    check_output(folder, overwrite=False)
+    if resume and not (folder / CONFIG_FILE).is_file():
+        raise OutputError(f"{folder} holds no run to resume (no {CONFIG_FILE}); start it without --resume")
+    if not resume:
+        check_output(folder, overwrite, marker=CONFIG_FILE)
+
+
+def open_run(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, or clear what a killed write left in the one that is gone on with.
+
+    Raises: OutputError: see `check_run`; or the disk refuses.
+    """
+    check_run(folder, resume, overwrite)
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not resume and folder.is_dir():
+            shutil.rmtree(folder)
+        for unfinished in folder.glob(".tmp-*"):
+            unfinished.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create the run folder {folder}: {error.strerror or error}") from None
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What training changes, by name: the adapters, or all weights (a tied one once)."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write checkpoints/step-N and drop all but the newest two."""
     checkpoints = folder / "checkpoints"
     with new_folder(checkpoints / f"step-{position.step:06d}", overwrite=True) as temporary:
-        save_file(adapter_tensors(model), temporary / "adapter.safetensors")
+        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()},
+                  temporary / "trained.safetensors")
         torch.save({"optimizer": optimizer.state_dict(), "cpu_random": torch.get_rng_state(),
                     "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
                    temporary / "optimizer.pt")
         write_json(temporary / "state.json", {"step": position.step, "metrics_bytes": position.metrics_bytes})
-    for old in sorted(checkpoints.glob("step-*"))[:-KEPT]:
+    for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     for unfinished in checkpoints.glob(".tmp-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,16 +97,15 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
     Returns: its position; step 0 when the run was killed before its first checkpoint.
     Raises: CheckpointError: no checkpoint can be read, or it is of another model.
     """
-    newest_first = sorted((path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)),
-                          reverse=True)
+    newest_first = _checkpoints(folder)[::-1]
     problem: Exception | None = None
     for path in newest_first:
         try:
             state = read_json_object(path / "state.json")
             position = Position(int(state["step"]), int(state["metrics_bytes"]))
-            tensors = load_file(path / "adapter.safetensors")
+            tensors = load_file(path / "trained.safetensors")
             rest = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        except (CheckpointError, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        except UNREADABLE as error:
             problem = error
             continue
         _restore(path, model, optimizer, tensors, rest)
@@ -102,16 +118,20 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
     return Position()
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor],
              rest: dict[str, Any]) -> None:
-    expected = adapter_tensors(model)
-    if {key: t.shape for key, t in tensors.items()} != {key: t.shape for key, t in expected.items()}:
+    trained = trained_parameters(model)
+    if {name: t.shape for name, t in tensors.items()} != {name: parameter.shape for name, parameter in trained.items()}:
         raise CheckpointError(f"{path} was written with other LoRA settings or another model; use the run's own config.toml")
     with torch.no_grad():
-        for name, layer in lora_layers(model):
-            for key, parameter in layer.named_parameters(recurse=True):
-                if not key.startswith("base_layer."):
-                    parameter.copy_(tensors[f"base_model.model.{name}.{key}"])
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
     optimizer.load_state_dict(rest["optimizer"])
     torch.set_rng_state(rest["cpu_random"])
     if rest["cuda_random"] and torch.cuda.is_available():
@@ -133,10 +153,18 @@ def append_metrics(folder: Path, values: dict[str, Any]) -> int:
         return file.tell()
 
 
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The last line of metrics.jsonl; empty before the first step."""
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on the GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource     # absent on Windows, where the GPU branch still works
+    import resource  # absent on Windows, where the GPU branch still works
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,6 +8,7 @@ so how a batch is split changes the gradient by rounding only (the mean of micro
 transformers issues 34191, 35203).  The prompt carries no loss, and logits are computed only where there is a label.
 
 Rate: linear warm-up, then a cosine to zero.  Base: frozen, 4-bit or dense.  Adapters, gradients and moments: float32.
+With ``tune = "full"`` there are no adapters: all weights are float32 and trained.
 """
 from __future__ import annotations
 
@@ -22,23 +23,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minilora.adapters import save_adapter
+from minilora.adapters import save_adapter, save_extra
 from minilora.card import write_model_card
 from minilora.config import TrainConfig
 from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import IGNORED, Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
 from minilora.errors import ConfigError, DataError, MiniloraError
-from minilora.files import check_output
 from minilora.hub import resolve_model
 from minilora.layers.qlora import add_lora, trainable_parameters
+from minilora.llama import checkpoint
+from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, load_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.optim.adamw import AdamW
-from minilora.runs import Position, append_metrics, load_checkpoint, open_run, peak_bytes, save_checkpoint
+from minilora.runs import (
+    Position,
+    append_metrics,
+    check_run,
+    last_metrics,
+    load_checkpoint,
+    open_run,
+    peak_bytes,
+    save_checkpoint,
+)
 
 MODEL_RATE, MODEL_WIDTH = 2e-4, 4096        # QLoRA, appendix B.2: the rate at 7B, whose hidden size is 4096
+FULL_SHARE = 0.1                            # of that rate where all weights move: full tuning at 7B takes about 2e-5
+PADDING = 0     # Trap: a tokenizer's own padding id may lie past the embedding table; padding is masked, so any id will do
 
 
 @dataclass
@@ -46,7 +59,7 @@ class TrainResult:
     """What a run did.
 
     Attributes:
-        out: the run folder. steps: optimizer steps. loss: of the last step. val_loss: at the end, None without `val`.
+        out: the run folder. steps: optimizer steps. loss: of the last step. val_loss: the last one measured, if any.
         trained, parameters: how many numbers were trained, of how many. seconds: of this call. peak_bytes: of memory.
     """
 
@@ -81,14 +94,14 @@ def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, examples: list[Example], batch_size: int, pad_id: int | None) -> float:
+def validation_loss(model: LlamaForCausalLM, examples: list[Example], batch_size: int) -> float:
     """Mean −log p over the label tokens of all examples; the model is put back into its mode."""
     was_training = model.training
     model.eval()
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     total, tokens = 0.0, 0
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size], pad_id).to(model.device)
+        batch = collate(by_length[start : start + batch_size], PADDING).to(model.device)
         total += float(label_loss(model, batch))
         tokens += batch.label_tokens
     model.train(was_training)
@@ -109,8 +122,9 @@ def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: l
     rows = training_examples(path, config.input_column, config.label_column, min_labels=2 if labels is None else 1)
     template = load_template(config.template)
     known = label_set(label for _, label, _ in rows) if labels is None else labels
+    allowed = set(known)
     for _, label, number in rows:
-        if labels is not None and label not in labels:
+        if label not in allowed:
             raise DataError(f"{path} row {number}: label {label!r} does not occur in the training table {config.data}")
     reserve = longest_label(tokenizer, known)
     examples = []
@@ -139,36 +153,40 @@ def train(config: TrainConfig) -> TrainResult:
 
     Everything that can be wrong with the input is found before the run folder is made.
 
-    Returns: figures of the run; the adapter, tokenizer, label set, metrics and model card stand in ``config.out``.
+    Returns: figures of the run; the adapter (or, after full tuning, the model), tokenizer, label set, metrics and model
+        card stand in ``config.out``.
     Raises: MiniloraError: bad input, an output in use, or a loss that is not finite.
-    Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not.
+    Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not (test_train.py).
     """
     started = time.perf_counter()
-    out = Path(config.out)
-    if not (config.resume or config.overwrite):
-        check_output(out, overwrite=False)
+    out, full = Path(config.out), config.tune == "full"
+    check_run(out, config.resume, config.overwrite)
+    if config.resume:
+        config.check_resumes(out / "config.toml")
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = torch.float32 if full else pick_dtype(config.dtype, device)
+    # The tables come before the weights: a wrong column should not cost the minutes in which a large model is quantized.
+    llama = LlamaConfig.from_json(folder / "config.json")
+    if config.max_length > llama.max_position_embeddings:
+        raise ConfigError(f"max_length {config.max_length} exceeds the model's {llama.max_position_embeddings} positions")
+    examples, labels = encode_table(config.data, config, tokenizer, None, llama.vocab_size)
+    validation = encode_table(config.val, config, tokenizer, labels, llama.vocab_size)[0] if config.val else []
+
     model = load_model(folder, quantize=None if config.quantize == "none" else "nf4", double_quant=config.double_quant,
                        blocksize=config.blocksize, dtype=dtype, device=device, pad_vocab=config.pad_vocab,
                        progress=not config.quiet)
-    if config.max_length > model.config.max_position_embeddings:
-        raise ConfigError(f"max_length {config.max_length} exceeds the model's {model.config.max_position_embeddings} positions")
-    vocab_rows = model.config.vocab_size
-    examples, labels = encode_table(config.data, config, tokenizer, None, vocab_rows)
-    validation = encode_table(config.val, config, tokenizer, labels, vocab_rows)[0] if config.val else []
-
     torch.manual_seed(config.seed)
-    add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))
+    if not full:
+        add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=config.weight_decay)
     total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
     if config.max_steps:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
-    peak_rate = config.lr or MODEL_RATE * MODEL_WIDTH / model.config.hidden_size
+    peak_rate = config.lr or MODEL_RATE * MODEL_WIDTH / llama.hidden_size * (FULL_SHARE if full else 1)
 
     open_run(out, config.resume, config.overwrite)
     position = load_checkpoint(out, model, optimizer) if config.resume else Position()
@@ -177,13 +195,14 @@ def train(config: TrainConfig) -> TrainResult:
     tokenizer.save(out)
 
     trained, parameters = trainable_parameters(model)
-    loss, val_loss = math.nan, None
+    before = last_metrics(out)
+    loss, val_loss = before.get("loss", math.nan), before.get("val_loss")
     progress = tqdm(total=total, initial=position.step, desc="train", unit="step", disable=config.quiet)
     tokens_done, training_seconds = 0, 1e-9
     for micro_batches in _steps(examples, config, position.step, total):
         step_started = time.perf_counter()
         step = position.step + 1
-        batches = [collate([examples[index] for index in rows], tokenizer.pad_id).to(device) for rows in micro_batches]
+        batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
         label_tokens = sum(batch.label_tokens for batch in batches)
         rate = learning_rate(step, total, peak_rate, config.warmup)
         for group in optimizer.param_groups:
@@ -195,6 +214,7 @@ def train(config: TrainConfig) -> TrainResult:
             loss += float(part.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            progress.close()
             where = [row for batch in batches for row in batch.rows]
             raise MiniloraError(f"step {step}: loss {loss} with gradient norm {norm} on rows {where[:8]} of {config.data}; the "
                                 f"last checkpoint is kept in {out / 'checkpoints'}; lower --lr, or use --dtype float32")
@@ -208,7 +228,7 @@ def train(config: TrainConfig) -> TrainResult:
         line = {"step": step, "loss": loss, "lr": rate, "tokens": tokens, "seconds": round(seconds, 4),
                 "peak_bytes": peak_bytes(device), "grad_norm": norm}
         if validation and (step == total or (config.eval_every and step % config.eval_every == 0)):
-            line["val_loss"] = val_loss = validation_loss(model, validation, config.batch_size, tokenizer.pad_id)
+            line["val_loss"] = val_loss = validation_loss(model, validation, config.batch_size)
         position.metrics_bytes = append_metrics(out, line)
         if step == total or (config.save_every and step % config.save_every == 0):
             save_checkpoint(out, position, model, optimizer)
@@ -216,8 +236,13 @@ def train(config: TrainConfig) -> TrainResult:
                                  + (f", val {val_loss:.3f}" if val_loss is not None else ""), refresh=False)
         progress.update()
     progress.close()
-    result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - started, peak_bytes(device))
-    save_adapter(model.eval(), out, base_model=config.model, extra={
-        "template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model})
+    prompt = {"template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model}
+    if full:
+        checkpoint.save_checkpoint(model, out, progress=not config.quiet)
+        save_extra(model, out, prompt)
+    else:
+        save_adapter(model, out, base_model=config.model, extra=prompt)
+    result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - started,
+                         peak_bytes(device))
     write_model_card(result, config, labels, len(examples))
     return result

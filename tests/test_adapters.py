@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora import CheckpointError, LoRAConfig, add_lora, load_adapter, load_model, save_adapter
+from minilora import CheckpointError, ConfigError, LoRAConfig, OutputError, add_lora, load_adapter, load_model, save_adapter
 from minilora.layers.qlora import lora_layers
 from tests.models import write_model
 
@@ -70,7 +70,13 @@ def edit(folder: Path, **changes: object) -> None:
     ({"r": 0}, "r must be"), ({"lora_alpha": "x"}, "alpha must be"), ({"target_modules": "all"}, "target_modules"),
     ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ({"target_modules": ["q_proj"]}, "no place"), ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
-    ({"target_modules": ["query"]}, "no place")])
+    ({"target_modules": ["query"]}, "no place"), ({"target_modules": ["proj"]}, "no place"),
+    ({"layers_to_transform": 0}, "layers_to_transform"), ({"layers_to_transform": [0, 1]}, "layers_to_transform"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_bias": True}, "lora_bias"),
+    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"init_lora_weights": "OLoRA"}, "OLoRA"),
+    ({"init_lora_weights": "loftq"}, "loftq"), ({"use_dora": True, "use_rslora": True}, "lora_magnitude_vector"),
+    ({"lora_alpha": float("inf")}, "alpha must be"), ({"r": 4.0}, "r must be"), ({"target_modules": None}, "target_modules")])
 def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, changes: dict[str, object], words: str) -> None:
     folder = tmp_path / "adapter"
     save_adapter(trained(base), folder)
@@ -80,6 +86,52 @@ def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, cha
         load_adapter(model, folder)
     assert "\n" not in str(error.value)
     assert next(lora_layers(model), None) is None, "a refused adapter must leave the model as it was"
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", None])
+def test_starts_that_leave_the_base_alone_are_read(base: Path, tmp_path: Path, start: object) -> None:
+    model = trained(base)
+    save_adapter(model, tmp_path / "adapter")
+    edit(tmp_path / "adapter", init_lora_weights=start, layers_to_transform=None, lora_bias=False, rank_pattern={})
+    assert torch.equal(load_model(base, dtype=torch.float32, adapter=tmp_path / "adapter")(IDS), model.eval()(IDS))
+
+
+def test_an_adapter_on_some_of_a_kind_names_them_in_full_and_comes_back(base: Path, tmp_path: Path) -> None:
+    model = trained(base, LoRAConfig(r=2, target_modules=("layers.0.self_attn.q_proj", "up_proj")))
+    save_adapter(model, tmp_path / "adapter")
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    again = load_model(base, dtype=torch.float32, adapter=tmp_path / "adapter")
+    assert [name for name, _ in lora_layers(again)] == [name for name, _ in lora_layers(model)]
+    assert torch.equal(model.eval()(IDS), again(IDS))
+
+
+def test_layers_of_several_settings_do_not_fit_one_folder(base: Path, tmp_path: Path) -> None:
+    model = trained(base)
+    model.model.layers[1].mlp.up_proj.alpha = 99
+    with pytest.raises(ConfigError, match="differ in"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="no LoRA"):
+        save_adapter(load_model(base), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists(), "a refused save leaves nothing behind"
+
+
+def test_a_folder_that_cannot_be_made_says_so(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="cannot write") as caught:
+            save_adapter(trained(base), str(folder))
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_second_adapter_is_refused_and_the_first_stays(base: Path, tmp_path: Path) -> None:
+    save_adapter(trained(base), tmp_path / "adapter")
+    model = load_model(str(base), dtype=torch.float32, adapter=str(tmp_path / "adapter"))
+    before = model(IDS)
+    with pytest.raises(CheckpointError, match="already"):
+        load_adapter(model, str(tmp_path / "adapter"))
+    assert torch.equal(model(IDS), before)
 
 
 def test_an_adapter_of_another_models_shape_is_refused(base: Path, tmp_path: Path) -> None:

@@ -22,6 +22,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, T
     return load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
 
 
+def test_one_text_without_a_list_is_refused_and_tensors_are_prompts(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
+    model, tokenizer = small
+    with pytest.raises(ConfigError, match="list of texts"):
+        generate(model, tokenizer, "History: fall")
+    ids = torch.tensor([[256, 70, 71], [256, 72, 73]])
+    assert generate(model, tokenizer, ids, max_new_tokens=5) == generate(model, tokenizer, ids.tolist(), max_new_tokens=5)
+    assert generate(model, tokenizer, []) == []
+
+
 @torch.no_grad()
 def plain_greedy(model: LlamaForCausalLM, ids: list[int], eos: int | None, tokens: int) -> list[int]:
     """No cache, no batch: the definition."""
@@ -90,7 +99,7 @@ def test_bad_prompts_are_refused_before_the_model_runs(small: tuple[LlamaForCaus
     assert len(generate_ids(model, tokenizer, [[1] * 250], max_new_tokens=6)[0]) <= 6
     with pytest.raises(DataError, match="prompt 1 of 1 has no tokens"):
         generate_ids(model, tokenizer, [[]])
-    for sizes in ({"max_new_tokens": 0}, {"batch_size": 0}):
+    for sizes in ({"max_new_tokens": 0}, {"batch_size": 0}, {"max_new_tokens": 2.5}, {"batch_size": "8"}):
         with pytest.raises(ConfigError, match="at least 1"):
             generate_ids(model, tokenizer, ["a"], **sizes)
 

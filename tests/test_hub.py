@@ -6,10 +6,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import errors
 
+from minilora import load_model
 from minilora.errors import CheckpointError, HubError
 from minilora.hub import resolve_model
+from tests.models import write_model
 
 ID = "epfl-llm/meditron-7b"
 SECRET = "hf_SECRETsecretSECRET"
@@ -119,6 +122,31 @@ def test_the_real_library_offline_ends_with_the_one_line(monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="cannot be reached"):
         resolve_model("nobody/nothing-of-this-name")
+
+
+@pytest.mark.parametrize("present", ["all", "no weights", "nothing"])
+def test_the_real_librarys_cache_is_read_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, present: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached, revision = tmp_path / "models--some--model", "a" * 40
+    snapshot = cached / "snapshots" / revision
+    if present != "nothing":
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(revision)
+        write_model(snapshot)
+        if present == "no weights":
+            (snapshot / "model.safetensors").unlink()
+        for number, file in enumerate(sorted(snapshot.iterdir())):
+            (cached / "blobs").mkdir(exist_ok=True)
+            file.rename(cached / "blobs" / f"{number:040x}")
+            file.symlink_to(f"../../blobs/{number:040x}")
+    if present == "all":
+        assert resolve_model("some/model") == snapshot
+        assert load_model("some/model", revision=revision)(torch.tensor([[1, 2]])).shape == (1, 2, 259)
+        return
+    with pytest.raises(HubError, match="hf download some/model") as caught:
+        load_model("some/model")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def nearest_codes(scaled_n: Tensor, code: Tensor) -> Tensor:
 
 
 def _in_blocks(x_n: Tensor, blocksize: int) -> Tensor:
-    """(n,) -> (N, S), the last block filled with zeros; a view where n is a multiple of S."""
+    """(n,) -> (N, S), the last block filled with zeros; a view where n is a multiple of S, or less than one block."""
+    if x_n.numel() < blocksize:
+        return x_n.view(1, -1)
     missing = -x_n.numel() % blocksize
     return (F.pad(x_n, (0, missing)) if missing else x_n).view(-1, blocksize)
 
@@ -49,7 +51,7 @@ def quantize_blocks(x_n: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, 
         code: (K,) float32 sorted codebook. blocksize: S, elements per block.
 
     Returns: ``codes_n`` (n,) uint8 and ``absmax_N`` (N,) float32.
-    Guarantee: `minilora.testing`-free loops in tests/quant/test_blockwise.py give the same bits.
+    Guarantee: the slow loops in tests/quant/loops.py give the same bits (tests/quant/test_nf4.py).
     """
     codes, absmaxes = [], []
     step = max(blocksize, CHUNK // blocksize * blocksize)
@@ -103,7 +105,7 @@ def dequantize_packed(packed: Tensor, absmax_N: Tensor, code: Tensor, blocksize:
         values_n = F.embedding(packed[start // 2 : (stop + 1) // 2].int(), pairs).view(-1)[: stop - start]
         absmax_chunk = absmax_N[start // blocksize : -(-stop // blocksize)]
         if (stop - start) % blocksize:
-            scale_n = absmax_chunk.repeat_interleave(blocksize)[: stop - start]
+            scale_n = absmax_chunk.repeat_interleave(min(blocksize, stop - start))[: stop - start]
             out_n[start:stop].copy_(values_n * scale_n)
         else:
             out_n[start:stop].view(-1, blocksize).copy_(values_n.view(-1, blocksize).mul_(absmax_chunk[:, None]))

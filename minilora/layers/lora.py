@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError
 
+# A row of zeros (pruned, or lost in quantization) has length 0, and m / 0 would be NaN for the whole model, as in PEFT.
+SMALLEST_NORM = torch.finfo(torch.float32).tiny
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -52,13 +54,15 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ConfigError(f"r must be a whole number of at least 1, not {self.r!r}")
-        if not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha > 0):
+        if isinstance(self.alpha, bool) or not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
+                                                and self.alpha > 0):
             raise ConfigError(f"alpha must be a positive number, not {self.alpha!r}")
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout!r}")
-        if isinstance(self.target_modules, str):
-            raise ConfigError(f"target_modules is a list of names, not the text {self.target_modules!r}")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        names = self.target_modules
+        if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"target_modules is a list of names such as 'q_proj', not {names!r:.60}")
+        object.__setattr__(self, "target_modules", tuple(names) if isinstance(names, (tuple, list)) else tuple(sorted(names)))
 
     @property
     def scaling(self) -> float:
@@ -69,7 +73,8 @@ class LoRAConfig:
 def dense_weight(linear: nn.Module) -> Tensor:
     """A linear layer's (out, in) weight, rebuilt where it is stored in another form."""
     rebuild = getattr(linear, "dense_weight", None)
-    return rebuild() if rebuild is not None else linear.weight
+    weight: Tensor = getattr(linear, "weight") if rebuild is None else rebuild()    # noqa: B009
+    return weight
 
 
 class LoRALinear(nn.Module):
@@ -82,15 +87,18 @@ class LoRALinear(nn.Module):
         r, alpha, dropout, use_rslora, use_dora: as in `LoRAConfig`, which checks them.
         generator: source of A's initial values; default torch's global one.
 
-    Raises: ConfigError: a value out of range.
+    Raises: ConfigError: a value out of range, or `base_layer` has no such features.
     """
 
     def __init__(self, base_layer: nn.Module, r: int = 16, alpha: float = 32, dropout: float = 0.0,
                  use_rslora: bool = False, use_dora: bool = False, generator: torch.Generator | None = None) -> None:
         super().__init__()
         config = LoRAConfig(r, alpha, dropout, use_rslora=use_rslora, use_dora=use_dora)
+        if not hasattr(base_layer, "in_features") or not hasattr(base_layer, "out_features"):
+            raise ConfigError(f"LoRA goes over a linear layer with in_features and out_features, not over a "
+                              f"{type(base_layer).__name__}")
         self.base_layer = base_layer.requires_grad_(False)
-        self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)
+        self.in_features, self.out_features = (int(getattr(base_layer, name)) for name in ("in_features", "out_features"))
         self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, dropout, use_rslora
         self.scaling = config.scaling
         self.active = True      # False: compute the base alone (`qlora.base_only`)
@@ -123,7 +131,7 @@ class LoRALinear(nn.Module):
         """
         merged = (dense_weight(self.base_layer) if base_weight is None else base_weight).float() + self.update()
         if self.lora_magnitude_vector is not None:
-            merged *= (self.lora_magnitude_vector / merged.norm(dim=1))[:, None]
+            merged *= (self.lora_magnitude_vector / merged.norm(dim=1).clamp(min=SMALLEST_NORM))[:, None]
         return merged
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ class LoRALinear(nn.Module):
             y if bias is None else y - bias
         with torch.no_grad():
             norms = self._row_norms()
-        rescale = (self.lora_magnitude_vector / norms).to(x.dtype)                         # (out,)
+        rescale = (self.lora_magnitude_vector / norms.clamp(min=SMALLEST_NORM)).to(x.dtype)                         # (out,)
         return y + (rescale - 1) * base + rescale * update
 
     def _row_norms(self, update_scale: float = 1.0) -> Tensor:

@@ -63,11 +63,16 @@ def merge_lora(model: nn.Module, into: Literal["16bit", "4bit"] = "16bit", dtype
         on_layer: called with each layer's name and measured error.
 
     Returns: the same model without LoRA layers.
-    Raises: ConfigError: nothing to merge, or "4bit" over a dense base without `trained_on`.
+    Raises: ConfigError: nothing to merge, another `into`, or "4bit" over a dense base without `trained_on`; the model is
+        then as it was.
     """
     layers = list(lora_layers(model))
     if not layers:
         raise ConfigError("the model has no LoRA layers to merge")
+    if into not in ("16bit", "4bit"):
+        raise ConfigError(f"into must be '16bit' or '4bit', not {into!r}")
+    if into == "4bit" and trained_on is None and not all(isinstance(layer.base_layer, NF4Linear) for _, layer in layers):
+        raise ConfigError("merging into 4 bits needs a 4-bit base: load the model with quantize='nf4'")
     for name, layer in layers:
         base = layer.base_layer
         bias = getattr(base, "bias", None)
@@ -75,17 +80,16 @@ def merge_lora(model: nn.Module, into: Literal["16bit", "4bit"] = "16bit", dtype
         weight = layer.merged_weight()
         new: nn.Module
         if into == "4bit":
-            how = Quantization(base.blocksize, base.double_quant) if isinstance(base, NF4Linear) else trained_on
-            if how is None:
-                raise ConfigError("merging into 4 bits needs a 4-bit base: load the model with quantize='nf4'")
+            own = Quantization(base.blocksize, base.double_quant) if isinstance(base, NF4Linear) else None
+            how = own or trained_on or Quantization()       # the last never: refused above
             new = NF4Linear(quantize_nf4(weight.to(stored_in), how.blocksize, how.double_quant), bias)
         else:
-            new = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=bias is not None,
-                                     dtype=dtype or stored_in, device=weight.device)
-            new.weight.copy_(weight)
+            dense: nn.Linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=bias is not None,
+                                                  dtype=dtype or stored_in, device=weight.device)
+            dense.weight.copy_(weight)
             if bias is not None:
-                new.bias.copy_(bias)
-            new.requires_grad_(False)
+                dense.bias.copy_(bias)
+            new = dense.requires_grad_(False)
         if on_layer is not None:
             seen = dense_weight(base)       # the base weight that training saw
             if trained_on is not None and not isinstance(base, NF4Linear):

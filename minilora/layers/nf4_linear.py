@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.errors import QuantizationError
 from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, quantize_nf4
 
 
@@ -33,7 +34,7 @@ class NF4Product(torch.autograd.Function):
         """∂L/∂y: (..., out) -> ∂L/∂x: (..., in), and ∂L/∂b: (out,) where a bias is trained."""
         grad_y, = grads
         grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias
 
 
@@ -42,14 +43,26 @@ class NF4Linear(nn.Module):
 
     The parts of the weight are buffers, so they follow ``model.to(device)`` and stand in the ``state_dict``:
     ``packed`` uint8, then ``absmax`` float32, or ``nested_codes`` uint8, ``nested_absmax`` float32, ``nested_offset``.
-    ``model.to(dtype)`` leaves them as they are: constants rounded to 16 bits would be other weights.
+    ``model.to(dtype)`` leaves them as they are (constants rounded to 16 bits would be other weights); `weight_dtype`, the
+    type of the dense weight that a merge or a plain checkpoint makes, follows it.
 
     Args:
         weight: the quantized (out, in) matrix. bias: (out,) or None; frozen.
+
+    Raises: QuantizationError: the weight is no matrix, or the bias doesn't fit it.
     """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_codes: Tensor
+    nested_absmax: Tensor
+    nested_offset: Tensor
 
     def __init__(self, weight: NF4Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        if len(weight.shape) != 2 or (bias is not None and tuple(bias.shape) != weight.shape[:1]):
+            raise QuantizationError(f"a 4-bit linear needs a weight (out, in) and a bias (out,) or none, found "
+                                    f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}")
         self.out_features, self.in_features = weight.shape
         self.blocksize = weight.blocksize
         self.weight_dtype = weight.dtype
@@ -81,9 +94,10 @@ class NF4Linear(nn.Module):
             return NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, stored_absmax=self.absmax)
         # The offset is read off the device once, and again only after it was replaced or written to (load_state_dict).
         offset = self.nested_offset
-        if self._offset is None or self._offset[0] is not offset or self._offset[1] != offset._version:
-            self._offset = (offset, offset._version, float(offset))
-        nested = NestedAbsmax(self.nested_codes, self.nested_absmax, self._offset[2], self.nested_blocksize)
+        known = self._offset
+        if known is None or known[0] is not offset or known[1] != offset._version:
+            known = self._offset = (offset, offset._version, float(offset))
+        nested = NestedAbsmax(self.nested_codes, self.nested_absmax, known[2], self.nested_blocksize)
         return NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, nested=nested)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,6 +115,7 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # Trap: nn.Module.to(bfloat16) casts every floating buffer; the block constants must stay float32.
+        self.weight_dtype = fn(self.packed.new_empty(0, dtype=self.weight_dtype)).dtype
         constants = {id(buffer) for buffer in self.buffers(recurse=False)}
 
         def move(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ QLoRA = a frozen NF4 base (`quantize_linears`) + float32 low-rank updates over i
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,28 +64,35 @@ def quantize_linears(model: nn.Module, blocksize: int = 64, double_quant: bool =
     return model
 
 
+def is_target(name: str, targets: Iterable[str]) -> bool:
+    """Whether a module is meant: a target is its name or the end of it, cut at a dot, as in PEFT."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def add_lora(model: nn.Module, config: LoRAConfig | None = None, generator: torch.Generator | None = None) -> nn.Module:
     """Freeze the model and put a trainable `LoRALinear` over each targeted linear, in place.
 
     Args:
-        model: any module with linears whose last name part is in ``config.target_modules``.
+        model: any module with linears whose name, or its end ("q_proj", "mlp.up_proj"), is in ``config.target_modules``.
         generator: source of the initial A matrices, drawn in the model's order; default torch's global one.
 
     Returns: the same model; only the adapters have ``requires_grad``.
     Raises: ConfigError: a target matches no linear, or the model has adapters already.
     """
     config = config or LoRAConfig()
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"add_lora takes a LoRAConfig, not a {type(config).__name__}: LoRAConfig(r=16, alpha=32)")
     if next(lora_layers(model), None) is not None:
         raise ConfigError("the model has LoRA layers already; merge or reload it first")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear))]
-    names = {name.rpartition(".")[2] for name, _ in linears}
-    unknown = [target for target in config.target_modules if target not in names]
+    unknown = [target for target in config.target_modules if not any(is_target(name, (target,)) for name, _ in linears)]
     if unknown or not config.target_modules:
+        names = {name.rpartition(".")[2] for name, _ in linears}
         raise ConfigError(f"no linear layer is called {', '.join(map(repr, unknown)) or '(nothing)'}; the model has "
                           f"{', '.join(sorted(names))}")
     model.requires_grad_(False)
     for name, module in linears:
-        if name.rpartition(".")[2] in config.target_modules:
+        if is_target(name, config.target_modules):
             layer = LoRALinear(module, config.r, config.alpha, config.dropout, config.use_rslora, config.use_dora, generator)
             replace_module(model, name, layer.train(model.training))
     return model

@@ -158,7 +158,8 @@ def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4",
     with torch.no_grad(), bar:
         for step in steps:
             if step.four_bit and quantize is not None:
-                _put_nf4(model, step, read_nf4(weights, step.module, step.shape).to(device))
+                # Its dense weight is of this model's type, whatever the file says: what is merged is what was computed with.
+                _put_nf4(model, step, replace(read_nf4(weights, step.module, step.shape).to(device), dtype=dtype))
             elif quantize_dense and step.is_block_linear:
                 _put_nf4(model, step, _quantized(weights, step, double_quant, blocksize, dtype, device))
             else:
@@ -207,9 +208,19 @@ def _put_dense(model: LlamaForCausalLM, weights: WeightFiles, step: _Step, dtype
         value = read_nf4(weights, step.module, step.shape).to(device).dequantize(dtype)
     else:
         value = weights.read(step.key).to(device=device, dtype=dtype)
+        _check_finite(value, weights, step)
         if value.shape[0] < step.shape[0]:
             value = _pad_rows(value, step.shape[0])
     setattr(model.get_submodule(step.module), step.name.rpartition(".")[2], nn.Parameter(value))
+
+
+def _check_finite(value: Tensor, weights: WeightFiles, step: _Step) -> None:
+    """Refuse a dense tensor with NaN or infinities: every answer behind it would be NaN, and argmax of NaN a token."""
+    if all(bool(end.isfinite()) for end in value.aminmax()):        # one pass, and no memory; NaN comes through both ends
+        return
+    if all(bool(end.isfinite()) for end in weights.read(step.key).aminmax()):
+        raise CheckpointError(f"{weights.place(step.key)}: holds values too large for {value.dtype}; use bfloat16 or float32")
+    raise CheckpointError(f"{weights.place(step.key)}: holds NaN or infinities; fetch the file again")
 
 
 def _tie(model: LlamaForCausalLM, weights: WeightFiles) -> None:

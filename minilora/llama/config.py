@@ -181,6 +181,9 @@ def _rope(read: _Reader, raw: dict[str, Any], where: str, positions: int) -> tup
     inner = _Reader(entry, f"{where}, rope parameters")
     theta = inner.number("rope_theta") if entry.get("rope_theta") is not None else read.number("rope_theta", 10_000.0)
     kind = entry.get("rope_type", entry.get("type", "default"))
+    partial = entry.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise CheckpointError(f"{where}: partial_rotary_factor {partial!r:.60} is not supported, only rotation of whole heads")
     if kind == "default":
         return theta, RopeScaling()
     if kind == "linear":

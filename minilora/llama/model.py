@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora.errors import ConfigError
+from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.masks import attention_masks
@@ -159,16 +159,19 @@ class LlamaForCausalLM(nn.Module):
             cache: keys and values of earlier tokens; this call's are appended.
 
         Returns: (B, T, hidden).
-        Raises: ConfigError: shapes don't fit, or the cache is full.
+        Raises:
+            ConfigError: shapes or types don't fit, or the cache is full.
+            CheckpointError: a token id outside the embedding table (looked for on the CPU only: on a GPU the question
+                itself would cost a synchronization, so there callers check what they read).
         """
         past = cache.length if cache is not None else 0
+        _check_ids(input_ids, self.model.embed_tokens.num_embeddings)
         batch, length = input_ids.shape
-        if attention_mask is not None and attention_mask.shape[-1] != past + length:
-            covered = attention_mask.shape[-1]
-            raise ConfigError(f"attention_mask covers {covered} positions, needed are {past} cached and {length} new")
+        if attention_mask is not None:
+            _check_mask(attention_mask, batch, length, past)
         if position_ids is None:
             if attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+                position_ids = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)[:, past:]
             else:
                 position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
         masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
@@ -190,6 +193,29 @@ class LlamaForCausalLM(nn.Module):
         """Logits: (B, T, vocab), or (B, 1, vocab) with `last_only`; arguments as in `hidden`."""
         x = self.hidden(input_ids, attention_mask, position_ids, cache)
         return self.lm_head(x[:, -1:] if last_only else x)
+
+
+def _check_ids(input_ids: Tensor, rows: int) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel() or \
+            input_ids.dtype not in (torch.int64, torch.int32):
+        found = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ConfigError(f"input_ids must be an int64 tensor (batch, seq) of at least one token, not {found}")
+    if input_ids.device.type == "cpu":
+        low, high = (int(end) for end in input_ids.aminmax())
+        if low < 0 or high >= rows:
+            raise CheckpointError(f"token id {low if low < 0 else high} is outside the embedding table of {rows} rows (ids 0 "
+                                  f"to {rows - 1}): tokenizer and weights differ; use the tokenizer of these weights, or "
+                                  "--pad-vocab")
+
+
+def _check_mask(attention_mask: Tensor, batch: int, length: int, past: int) -> None:
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ()
+    if len(shape) not in (2, 4) or shape[0] not in (1, batch) or (len(shape) == 4 and attention_mask.dtype != torch.bool):
+        found = f"{attention_mask.dtype} {shape}" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ConfigError(f"attention_mask must be a tensor ({batch}, {past + length}) with 1 = real token, or bool ({batch}, "
+                          f"1, {length}, {past + length}), not {found}")
+    if shape[-1] != past + length:
+        raise ConfigError(f"attention_mask covers {shape[-1]} positions, needed are {past} cached and {length} new")
 
 
 def _linear(shape: tuple[int, int], bias: bool) -> nn.Linear:

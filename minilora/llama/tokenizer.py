@@ -21,7 +21,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, ConfigError, OutputError
 from minilora.files import atomic_path
 from minilora.llama.sentencepiece import CONTROL, UNKNOWN, read_sentencepiece, to_tokenizers
 from minilora.llama.strict_json import parse_object, read_bytes
@@ -57,6 +57,8 @@ class Tokenizer:
 
         Guarantee: BOS stands nowhere else; every id is below `vocab_size`; no EOS is added.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes one text (str), not a {type(text).__name__}")
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):     # a lone surrogate, which UTF-8 cannot hold: U+FFFD instead
@@ -72,9 +74,13 @@ class Tokenizer:
         """The text of token ids, without BOS, EOS, PAD and the other special tokens unless asked for.
 
         Bytes that form no character come out as U+FFFD.  A SentencePiece decoder drops the one leading space that its
-        encoder added.
+        encoder added.  An id past the vocabulary (a table padded to more rows than tokens may yield one) has no text.
+
+        Raises: ConfigError: a negative id, such as the -100 of labels without loss.
         """
         kept = [int(token) for token in ids]
+        if min(kept, default=0) < 0:
+            raise ConfigError(f"token id {min(kept)} is negative; take out what is no token before decoding")
         if skip_special:
             kept = [token for token in kept if token not in self.special_ids]
         return str(self._backend.decode(kept, skip_special_tokens=False))
@@ -100,7 +106,10 @@ class Tokenizer:
             if "tokenizer.json" in files:
                 config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
             files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror or error}; check the path") from error
         for name, content in files.items():
             with atomic_path(Path(folder) / name) as temporary:
                 temporary.write_bytes(content)

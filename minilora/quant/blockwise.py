@@ -12,24 +12,33 @@ from torch import Tensor
 from minilora.errors import QuantizationError
 from minilora.kernels import reference
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)      # the last is rounded to the first
+
 
 def flat_finite(x: Tensor, blocksize: int) -> Tensor:
     """The tensor flattened, after refusing what no block constant can scale.
 
     Raises:
-        QuantizationError: not floating point, empty, on the meta device, NaN or infinite, or `blocksize` below 1.
+        QuantizationError: not a float32, bfloat16, float16 or float64 tensor, sparse, empty, on the meta device, NaN or
+            infinite (or a float64 that float32 cannot hold), or `blocksize` below 1.
     """
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
         raise QuantizationError(f"blocksize must be a positive whole number of elements, not {blocksize!r}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise QuantizationError(f"only floating-point tensors can be quantized, not {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        found = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise QuantizationError(f"only float32, bfloat16 and float16 tensors can be quantized, not {found}")
+    if x.layout != torch.strided or x.is_meta:
+        raise QuantizationError(f"a {'meta' if x.is_meta else 'sparse'} tensor of shape {tuple(x.shape)} cannot be quantized: "
+                                "its values do not lie in memory one by one")
     if x.numel() == 0:
         raise QuantizationError(f"an empty tensor of shape {tuple(x.shape)} cannot be quantized")
     flat_n = x.detach().contiguous().view(-1)
     for chunk in flat_n.split(reference.CHUNK):
-        finite = torch.isfinite(chunk)
-        if not bool(finite.all()):
-            first = int((~finite).nonzero()[0])
+        # Trap: a float64 of 1e300 is finite, and infinite in the float32 that blocks are scaled in.
+        values = chunk.float() if chunk.dtype == torch.float64 else chunk
+        # Why not isfinite alone: both ends (NaN comes through either) take one pass without memory, many times faster.
+        if not all(bool(end.isfinite()) for end in values.aminmax()):
+            first = int((~torch.isfinite(values)).nonzero()[0])
             raise QuantizationError(f"a tensor of shape {tuple(x.shape)} holds {float(chunk[first])}: only finite values "
                                     "can be quantized")
     return flat_n

@@ -30,7 +30,7 @@ from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE, NF4_ZERO
 NESTED_BLOCKSIZE = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NestedAbsmax:
     """Block constants, themselves quantized.
 
@@ -51,13 +51,19 @@ class NestedAbsmax:
 
     @staticmethod
     def encode(absmax: Tensor) -> NestedAbsmax:
-        """Quantize (blocks,) float32 constants: subtract their mean, then 8 bits, 256 to a block."""
+        """Quantize (blocks,) float32 constants: subtract their mean, then 8 bits, 256 to a block.
+
+        Raises: QuantizationError: the constants' sum exceeds float32, so they have no mean there.
+        """
         offset = absmax.mean()
+        if not bool(torch.isfinite(offset)):
+            raise QuantizationError(f"block constants up to {float(absmax.max()):.3g} have no mean in float32; quantize "
+                                    "without double quantization")
         codes, nested_absmax = quantize_blockwise(absmax - offset, DYNAMIC_8BIT, NESTED_BLOCKSIZE)
         return NestedAbsmax(codes, nested_absmax, float(offset))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NF4Tensor:
     """A tensor in 4-bit NormalFloat.  Made by `quantize_nf4`, or from the parts of a checkpoint.
 
@@ -83,6 +89,9 @@ class NF4Tensor:
         object.__setattr__(self, "shape", torch.Size(self.shape))
         if (self.stored_absmax is None) == (self.nested is None):
             raise QuantizationError("an NF4 tensor has either float32 absmax or nested absmax: give exactly one")
+        if self.blocksize < 1 or self.packed.dtype != torch.uint8:
+            raise QuantizationError(f"an NF4 tensor has uint8 codes and a blocksize of at least 1, found {self.packed.dtype} "
+                                    f"and {self.blocksize}")
         n = prod(self.shape)
         blocks = -(-n // self.blocksize)
         constants = self.stored_absmax if self.nested is None else self.nested.codes
@@ -128,19 +137,23 @@ class NF4Tensor:
         """The tensor again: ``NF4_CODE[code] * absmax`` in float32, rounded once to the output type.
 
         Args:
-            dtype: of the result; default that of `out`, else the original's.
+            dtype: floating type of the result; default that of `out`, else the original's.
             out: contiguous buffer of `self.shape` on the same device to write into.
 
         Returns: `out`, or a new tensor of `self.shape`.
-        Raises: QuantizationError when `out` has another shape, device, layout or (if given) dtype.
+        Raises: QuantizationError when `out` has another shape, device, layout or (if given) dtype, or a type is no float.
         """
+        kind = dtype or (self.dtype if out is None else out.dtype)
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+            raise QuantizationError(f"4-bit weights come out in a floating type such as torch.bfloat16, not {kind!r}")
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         elif (out.shape != self.shape or not out.is_contiguous() or out.device != self.device
               or (dtype is not None and out.dtype != dtype)):
             raise QuantizationError(f"out must be a contiguous {dtype or 'floating'} tensor of shape {tuple(self.shape)} on "
                                     f"{self.device}, found {out.dtype} {tuple(out.shape)} on {out.device}")
-        reference.dequantize_packed(self.packed.view(-1), self.absmax, NF4_CODE.to(self.device), self.blocksize, out.view(-1))
+        reference.dequantize_packed(self.packed.view(-1), self.absmax, NF4_CODE.to(self.device), self.blocksize,
+                                    out.detach().view(-1))
         return out
 
     def codes(self) -> Tensor:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import ConfigError, LoRAConfig, LoRALinear, NF4Linear, add_lora
-from minilora.layers.qlora import base_only, trainable_parameters
+from minilora import ConfigError, LoRAConfig, LoRALinear, NF4Linear, add_lora, load_model
+from minilora.layers.qlora import base_only, lora_layers, trainable_parameters
+from tests.models import write_model
 
 
 def layer_with_update(**options: object) -> LoRALinear:
@@ -83,7 +85,8 @@ def test_merged_weight_computes_the_same(r: int, alpha: float, rs: bool, dora: b
     x = torch.randn(5, 24)
     expected = layer(x)
     # float32: two products of 24 and r terms against one; errors grow with the size of the result.
-    torch.testing.assert_close(x @ layer.merged_weight().T + base.bias, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() + 1))
+    atol = 1e-5 * float(expected.detach().abs().max() + 1)
+    torch.testing.assert_close(x @ layer.merged_weight().T + base.bias, expected, rtol=1e-4, atol=atol)
 
 
 def test_gradients_equal_those_of_the_dense_product() -> None:
@@ -116,6 +119,30 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(layer(x), layer(x))
         layer.eval()
         assert torch.equal(layer(x), layer(x))
+
+
+def test_dropout_thins_what_goes_into_a_and_nothing_else() -> None:
+    layer = layer_with_update(r=3, alpha=5, dropout=0.4)
+    x = torch.randn(7, 24)
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    kept = nn.functional.dropout(x, 0.4)
+    assert 0 < int((kept == 0).sum()) < kept.numel()
+    torch.testing.assert_close(found, layer.base_layer(x) + 5 / 3 * kept @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_dora_over_a_row_of_zeros_is_finite_and_leaves_the_row_alone(quantized: bool) -> None:
+    """PEFT divides 0 by 0 here, and every logit behind it is NaN."""
+    base = nn.Linear(64, 4)
+    nn.init.zeros_(base.weight[1].data)
+    layer = LoRALinear(NF4Linear.from_linear(base, double_quant=False) if quantized else base, use_dora=True)
+    x = torch.randn(3, 64, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y[:, 1], base.bias[1].expand(3)) and torch.isfinite(layer.merged_weight()).all()
+    y.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.requires_grad) and torch.isfinite(x.grad).all()
 
 
 def test_sixteen_bit_input_keeps_its_type_and_the_adapters_stay_float32() -> None:
@@ -164,7 +191,9 @@ def test_base_only_switches_adapters_off_and_on_again() -> None:
 
 
 @pytest.mark.parametrize("options", [{"r": 0}, {"r": 1.5}, {"r": True}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.0},
-                                     {"dropout": -0.1}, {"target_modules": "q_proj"}])
+                                     {"alpha": True}, {"alpha": "8"}, {"alpha": float("inf")}, {"r": -1}, {"r": "8"},
+                                     {"dropout": -0.1}, {"dropout": float("nan")}, {"target_modules": "q_proj"},
+                                     {"target_modules": None}, {"target_modules": [1]}, {"target_modules": {"q_proj": 1}}])
 def test_bad_settings_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         LoRAConfig(**options)
@@ -175,3 +204,38 @@ def test_a_target_that_matches_nothing_names_what_there_is() -> None:
         add_lora(Block(), LoRAConfig(target_modules=("q_proj", "query")))
     with pytest.raises(ConfigError, match="already"):
         add_lora(add_lora(Block(), LoRAConfig(target_modules=("q_proj",))), LoRAConfig(target_modules=("q_proj",)))
+    with pytest.raises(ConfigError, match="nothing"):
+        add_lora(Block(), LoRAConfig(target_modules=()))
+    with pytest.raises(ConfigError, match="LoRAConfig, not a dict"):
+        add_lora(Block(), {"r": 8})
+    with pytest.raises(ConfigError, match="not over a ReLU"):
+        LoRALinear(nn.ReLU())
+
+
+class Two(nn.Module):
+    """Two blocks in a list, as a model has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [
+    (("layers.1.q_proj",), ["layers.1.q_proj"]), (("1.q_proj", "head"), ["layers.0.head", "layers.1.q_proj", "layers.1.head"]),
+    (("o_proj",), ["layers.0.o_proj", "layers.1.o_proj"]),
+])
+def test_a_target_is_a_name_or_its_end_cut_at_a_dot(targets: tuple[str, ...], adapted: list[str]) -> None:
+    assert [name for name, _ in lora_layers(add_lora(Two(), LoRAConfig(r=1, target_modules=targets)))] == adapted
+    with pytest.raises(ConfigError, match="'proj'"):
+        add_lora(Two(), LoRAConfig(target_modules=("proj",)))
+
+
+def test_all_seven_linears_of_every_block_are_adapted_by_default(tmp_path: Path) -> None:
+    for quantize in ("nf4", None):
+        model = add_lora(load_model(write_model(tmp_path), quantize=quantize))
+        assert [name for name, _ in lora_layers(model)] == [
+            f"model.layers.{layer}.{name}" for layer in range(2)
+            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                         "mlp.up_proj", "mlp.down_proj")]
+        # r · (in + out) of each, written out for the shape of tests/models.py: hidden 64, key/value 32, inner 128, r 16.
+        assert trainable_parameters(model)[0] == 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))

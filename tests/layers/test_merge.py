@@ -8,6 +8,7 @@ from torch import nn
 from minilora import ConfigError, LoRALinear, NF4Linear, merge_lora
 from minilora.layers.merge import MergeError
 from minilora.layers.qlora import Quantization
+from minilora.quant.nf4 import quantize_nf4
 
 
 def adapted(quantized: bool, strength: float = 0.1) -> tuple[nn.Sequential, nn.Linear]:
@@ -38,7 +39,7 @@ def test_into_the_dequantized_base_is_the_trained_model_up_to_16_bit_rounding() 
     error = merged_error(model, dtype=torch.bfloat16)
     assert type(model.q_proj) is nn.Linear and model.q_proj.weight.dtype == torch.bfloat16
     assert error.relative_error < 2 ** -8 and error.update_cosine > 0.99
-    torch.testing.assert_close(model.q_proj.float()(x), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+    torch.testing.assert_close(model.q_proj.float()(x), expected, rtol=0, atol=0.02 * float(expected.detach().abs().max()))
 
 
 def test_into_float32_is_exact_to_rounding() -> None:
@@ -86,3 +87,63 @@ def test_merging_nothing_or_a_dense_base_into_4_bits_is_refused() -> None:
         merge_lora(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ConfigError, match="4-bit base"):
         merge_lora(adapted(False)[0], into="4bit")
+    for wrong in ("8bit", "16", None):
+        with pytest.raises(ConfigError, match="'16bit' or '4bit'"):
+            merge_lora(adapted(True)[0], into=wrong)
+
+
+def test_a_refused_merge_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential()
+    model.first, model.second = adapted(True)[0].q_proj, adapted(False)[0].q_proj
+    with pytest.raises(ConfigError, match="4-bit base"):
+        merge_lora(model, into="4bit")
+    assert isinstance(model.first, LoRALinear) and isinstance(model.second, LoRALinear)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("policy", ["dequantized", "original", "4bit"])
+def test_each_policys_measured_error_is_the_one_worked_out_here(policy: str, use_dora: bool) -> None:
+    """The three policies with their formulas in float64, beside what `merge_lora` did and what it said about it."""
+    torch.manual_seed(0)
+    original = nn.Linear(128, 64, bias=False).bfloat16()
+    quantized = NF4Linear.from_linear(original)
+    layer = LoRALinear(quantized, r=4, alpha=6, use_dora=use_dora)
+    nn.init.normal_(layer.lora_B.weight, std=0.01)
+    if use_dora:
+        layer.lora_magnitude_vector.data.mul_(1.1)
+
+    def with_update(base: torch.Tensor) -> torch.Tensor:
+        weight = base.double() + 6 / 4 * layer.lora_B.weight.detach().double() @ layer.lora_A.weight.detach().double()
+        return weight * (layer.lora_magnitude_vector.detach() / weight.norm(dim=1))[:, None] if use_dora else weight
+
+    rebuilt = quantized.dense_weight()
+    trained = with_update(rebuilt)
+    expected = {"dequantized": with_update(rebuilt), "original": with_update(original.weight.detach()),
+                "4bit": quantize_nf4(with_update(rebuilt).bfloat16()).dequantize(torch.float32)}[policy]
+    model = nn.Sequential()
+    model.q_proj = layer
+    options: dict[str, object] = {"into": "4bit"} if policy == "4bit" else {}
+    if policy == "original":
+        layer.base_layer = original
+        options["trained_on"] = Quantization()
+    error = merged_error(model, **options)
+    merged = model.q_proj.dense_weight(torch.float32) if policy == "4bit" else model.q_proj.weight
+    assert (merged.double() - expected).abs().max() <= 2 ** -8 * expected.abs().max()       # saved in bfloat16, or 4 bits of it
+    if policy != "4bit":
+        assert merged.dtype == torch.bfloat16
+    stored = (model.q_proj.dense_weight() if policy == "4bit" else merged).double()
+    distance, update = (stored - trained).norm(), trained - rebuilt.double()
+    assert error.relative_error == pytest.approx(float(distance / trained.norm()), rel=1e-3)
+    assert error.error_to_update == pytest.approx(float(distance / update.norm()), rel=1e-3)
+    kept = stored - rebuilt.double()
+    assert error.update_cosine == pytest.approx(float((kept * update).sum() / kept.norm() / update.norm()), rel=1e-3)
+
+
+def test_a_model_cast_to_float32_merges_what_it_computes() -> None:
+    model, _ = adapted(True)
+    model.q_proj.base_layer = NF4Linear.from_linear(nn.Linear(128, 256).bfloat16())
+    model.float()
+    x = torch.randn(5, 128)
+    expected = model.q_proj(x)
+    assert merged_error(model).relative_error < 1e-6
+    torch.testing.assert_close(model.q_proj(x), expected, rtol=1e-5, atol=1e-5)

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from minilora import NF4Linear, NF4Tensor, quantize_nf4
+from minilora import NF4Linear, NF4Tensor, QuantizationError, quantize_nf4
 
 
 @pytest.fixture
@@ -43,6 +45,26 @@ def test_no_dense_weight_is_kept_for_backward(linear: nn.Linear) -> None:
     assert not any(n >= 512 * 512 for n in saved), f"saved tensors of {saved} elements"
 
 
+def test_every_rebuilt_weight_is_gone_after_forward_and_after_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks of the test above do not see what a Function keeps on its context: this one follows the weights themselves."""
+    rebuilt: list[weakref.ref[torch.Tensor]] = []
+    original = NF4Tensor.dequantize
+
+    def dequantize(self: NF4Tensor, *args: object, **options: object) -> torch.Tensor:
+        result = original(self, *args, **options)
+        rebuilt.append(weakref.ref(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(NF4Tensor, "dequantize", dequantize)
+    model = nn.Sequential(*(NF4Linear.from_linear(nn.Linear(96, 96)) for _ in range(4)))
+    y = model(torch.randn(2, 96, requires_grad=True))
+    gc.collect()
+    assert len(rebuilt) == 4 and [ref() for ref in rebuilt] == [None] * 4, "a dense weight outlives its forward"
+    y.sum().backward()
+    gc.collect()
+    assert len(rebuilt) == 8 and [ref() for ref in rebuilt] == [None] * 8, "a dense weight outlives its backward"
+
+
 def test_the_weight_is_rebuilt_in_forward_and_again_in_backward(linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     rebuilds = []
     original = NF4Tensor.dequantize
@@ -75,3 +97,30 @@ def test_state_dict_restores_the_layer(linear: nn.Linear) -> None:
 
 def test_it_trains_nothing_of_its_own(linear: nn.Linear) -> None:
     assert not any(p.requires_grad for p in NF4Linear.from_linear(linear).parameters())
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (2, 3, 5, 96), (0, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_leading_shape_and_a_trained_bias_work(linear: nn.Linear, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = NF4Linear.from_linear(linear)
+    layer.bias.requires_grad_()
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 40) and y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.shape == x.shape and layer.bias.grad.tolist() == [float(x[..., 0].numel())] * 40
+
+
+def test_a_merge_makes_the_type_the_model_was_cast_to(linear: nn.Linear) -> None:
+    layer = NF4Linear.from_linear(linear.bfloat16())
+    assert layer.dense_weight().dtype == torch.bfloat16
+    x = torch.randn(3, 96)
+    layer.float()
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
+
+
+def test_a_weight_or_bias_that_does_not_fit_is_refused() -> None:
+    for weight, bias in ((torch.randn(2, 3, 4), None), (torch.randn(8), None), (torch.randn(2, 3), torch.randn(3)),
+                         (torch.randn(2, 3), torch.randn(2, 1))):
+        with pytest.raises(QuantizationError, match="4-bit linear"):
+            NF4Linear(quantize_nf4(weight), bias)

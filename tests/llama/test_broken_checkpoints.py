@@ -127,6 +127,22 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     refused(write_folder(tmp_path, CONFIG, tensors), Q0, "model.safetensors")
 
 
+@pytest.mark.parametrize("quantize", ["nf4", None])
+@pytest.mark.parametrize("name", [EMBED, HEAD, "model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_dense_weight_that_is_not_finite_is_named(tmp_path: Path, name: str, quantize: Any) -> None:
+    tensors = random_tensors(CONFIG)
+    tensors[name].view(-1)[5] = float("nan")
+    refused(write_folder(tmp_path, CONFIG, tensors), name, "NaN", quantize=quantize)
+
+
+def test_a_value_that_float16_cannot_hold_is_named_and_loads_in_bfloat16(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG)
+    tensors["model.norm.weight"][3] = 1e6
+    refused(write_folder(tmp_path, CONFIG, tensors), "model.norm.weight", "too large for torch.float16", "bfloat16",
+            dtype=torch.float16)
+    assert load_checkpoint(tmp_path).model.norm.weight[3] == torch.tensor(1e6).bfloat16()
+
+
 class Malicious:
     """Unpickled the careless way, it would create a file."""
 

@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from minilora.layers.lora import LoRAConfig
+from minilora.layers.merge import merge_lora
 from minilora.layers.nf4_linear import NF4Linear
+from minilora.layers.qlora import add_lora
+from minilora.llama.bnb_format import save_quantized
 from minilora.llama.checkpoint import load_checkpoint, save_checkpoint
 from minilora.llama.safetensors_file import Pending, write_safetensors
 from minilora.quant.nf4 import quantize_nf4
@@ -28,6 +33,8 @@ from tests.llama.model_folders import (
     refused,
     write_folder,
 )
+
+IDS = torch.tensor([[1, 9, 30]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -173,6 +180,21 @@ def test_a_saved_checkpoint_loads_the_same(tmp_path: Path, tied: bool, max_shard
     again = load_checkpoint(tmp_path / "b", quantize=None)
     ids = torch.tensor([[1, 9, 30]])
     assert_same(model(ids), again(ids), "logits")
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_a_tied_head_that_was_adapted_is_saved_as_its_own(tmp_path: Path, quantize: Any) -> None:
+    config = {**CONFIG, "tie_word_embeddings": True}
+    model = load_checkpoint(write_folder(tmp_path / "a", config, random_tensors(config)), quantize, dtype=torch.float32)
+    add_lora(model, LoRAConfig(r=2, target_modules=("lm_head",)))
+    torch.nn.init.normal_(model.lm_head.lora_B.weight)
+    expected, embedding = model(IDS), model.model.embed_tokens.weight.detach().clone()
+    merge_lora(model)
+    (save_checkpoint if quantize is None else save_quantized)(model, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"] is False
+    again = load_checkpoint(tmp_path / "b", quantize, dtype=torch.float32)
+    torch.testing.assert_close(again(IDS), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(again.model.embed_tokens.weight, embedding)
 
 
 def test_a_4_bit_model_is_saved_dequantized(tmp_path: Path) -> None:

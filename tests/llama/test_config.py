@@ -127,6 +127,7 @@ def test_a_missing_key_is_named_with_its_file(tmp_path: Path, key: str, how: str
     ("rope_theta", 0), ("rope_theta", float("inf")), ("rope_theta", 10**400), ("rope_theta", "big"),
     ("tie_word_embeddings", 1), ("tie_word_embeddings", "true"), ("attention_bias", 0), ("mlp_bias", "no"),
     ("hidden_act", "gelu"), ("hidden_act", ["silu"]), ("hidden_act", None),
+    ("partial_rotary_factor", 0.5), ("partial_rotary_factor", "half"),
 ], ids=lambda value: str(value)[:20])
 def test_an_impossible_value_is_refused_by_its_key(key: str, value: Any) -> None:
     with pytest.raises(CheckpointError) as caught:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import minilora.llama
-from minilora.errors import ConfigError
+from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.masks import attention_masks
@@ -211,6 +211,38 @@ def test_a_mask_of_another_length_is_refused() -> None:
     model(ids(1, 3), cache=cache)
     with pytest.raises(ConfigError, match="3 cached and 2 new"):
         model(ids(1, 2), attention_mask=torch.ones(1, 2), cache=cache)
+
+
+@pytest.mark.parametrize(("wrong", "found"), [
+    (torch.tensor([1, 2, 3]), r"torch.int64 \(3,\)"), (torch.tensor([[1.0, 2.0]]), "torch.float32"), ([[1, 2]], "list"),
+    (torch.zeros(2, 0, dtype=torch.int64), r"\(2, 0\)"), (torch.zeros(0, 2, dtype=torch.int64), r"\(0, 2\)"),
+    (torch.zeros(1, 2, 3, dtype=torch.int64), r"\(1, 2, 3\)"), (torch.ones(1, 2, dtype=torch.bool), "torch.bool"),
+])
+def test_what_are_no_token_ids_of_a_batch_is_named(wrong: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"input_ids must be an int64 tensor.*{found}"):
+        make()(wrong)
+
+
+@pytest.mark.parametrize("wrong", [61, 1 << 40, -1])
+def test_an_id_outside_the_table_is_refused_before_it_is_used(wrong: int) -> None:
+    with pytest.raises(CheckpointError, match=f"token id {wrong} is outside the embedding table of 61 rows.*--pad-vocab"):
+        make()(torch.tensor([[3, wrong], [4, 5]]))
+
+
+@pytest.mark.parametrize("wrong", [
+    torch.ones(3, 5), torch.ones(5), torch.ones(2, 5, 5), torch.ones(2, 1, 5, 5), [[1] * 5] * 2])
+def test_a_mask_of_another_form_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"attention_mask must be a tensor \(2, 5\)"):
+        make()(ids(2, 5), attention_mask=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("real", [1, 2])
+def test_any_type_of_mask_and_any_number_but_zero_mean_a_real_token(dtype: torch.dtype, real: int) -> None:
+    model, tokens, mask = make(), ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    found = model(tokens.int(), attention_mask=(mask * real).to(dtype))
+    same(found[0, 2:], model(tokens[:1, 2:])[0])
+    same(found[1, :3], model(tokens[1:, :3])[0])
 
 
 # Cache

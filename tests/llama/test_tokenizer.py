@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, ConfigError, OutputError
 from minilora.llama.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -189,3 +190,20 @@ def test_added_token_flags_survive(tmp_path: Path) -> None:
     reference = backend.token_to_id("[bib_ref]")
     assert tokenizer.encode("CT  [bib_ref]", bos=False)[-1] == reference
     assert tokenizer.decode([reference]) == "[bib_ref]" and tokenizer.decode([backend.token_to_id("<|eot|>")]) == ""
+
+
+def test_what_is_no_text_and_what_is_no_token_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write(tmp_path, byte_level())))
+    for wrong in (3, None, b"CT", ["CT"]):
+        with pytest.raises(TypeError, match=r"one text \(str\)"):
+            tokenizer.encode(wrong)
+    with pytest.raises(ConfigError, match="-100 is negative"):
+        tokenizer.decode([5, -100])
+    assert tokenizer.decode([*tokenizer.encode("CT"), 99_999]) == "CT", "a row of a padded table has no text"
+    assert tokenizer.decode([]) == "" and tokenizer.decode(torch.tensor(tokenizer.encode("CT"))) == "CT"
+
+
+def test_a_tokenizer_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, byte_level()))
+    with pytest.raises(OutputError, match="cannot write"):
+        tokenizer.save(tmp_path / "tokenizer.json")

@@ -50,7 +50,22 @@ def test_packed_bytes_absmax_and_values_equal_bitsandbytes(blocksize: int, kind:
         assert torch.equal(ours.absmax, absmax), difference(f"absmax, n={n}", ours.absmax, absmax)
         state.absmax = absmax
         values = bnb.dequantize_4bit(packed, state).view(-1)          # 1-D input comes back as (1, n)
-        assert torch.equal(ours.dequantize(), values), difference(f"values, n={n}", ours.dequantize(), values)
+        found = ours.dequantize()
+        # Where the CPU converts to bfloat16 by itself (AVX512_BF16), results below the smallest normal become 0 there.
+        flushed = (values == 0) & (found.abs() < torch.finfo(dtype).tiny) if dtype == torch.bfloat16 else torch.zeros(())
+        found = torch.where(flushed.bool(), values, found)
+        assert torch.equal(found, values), difference(f"values, n={n}", found, values)
+
+
+@pytest.mark.parametrize("shape", [(3, 4096), (7, 64), (2, 3, 128), (5, 64, 3), (1, 1, 192), (4096,), (129, 65)])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_every_block_size_and_any_shape_gives_bitsandbytes_bytes(blocksize: int, shape: tuple[int, ...]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(blocksize))
+    packed, state = bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4")
+    ours = quantize_nf4(w, blocksize, double_quant=False)
+    assert ours.shape == w.shape and torch.equal(ours.packed, packed.view(-1)) and torch.equal(ours.absmax, state.absmax)
+    if shape[-1] % blocksize == 0:          # elsewhere its CPU build misplaces blocks: see the test below
+        assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state).view(shape))
 
 
 def test_a_short_block_of_zeros_has_absmax_1e_38_there_and_0_here() -> None:

@@ -48,12 +48,12 @@ def assert_same_weights(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "tied"])
-def test_transformers_loads_what_we_save(tmp_path: Path, double_quant: bool, family: str) -> None:
+@pytest.mark.parametrize(("family", "blocksize"), [("llama", 64), ("qwen2", 64), ("tied", 64), ("llama", 32), ("llama", 128)])
+def test_transformers_loads_what_we_save(tmp_path: Path, double_quant: bool, family: str, blocksize: int) -> None:
     config = {**WIDE, "model_type": "qwen2" if family == "qwen2" else "llama", "tie_word_embeddings": family == "tied",
               "architectures": ["Qwen2ForCausalLM" if family == "qwen2" else "LlamaForCausalLM"]}
     ours = load_checkpoint(write_folder(tmp_path / "dense", config, random_tensors(config)), double_quant=double_quant,
-                           dtype=torch.float32)
+                           blocksize=blocksize, dtype=torch.float32)
     (tmp_path / "q").mkdir()
     save_quantized(ours, tmp_path / "q")
     theirs = theirs_from(tmp_path / "q")
@@ -64,7 +64,7 @@ def test_transformers_loads_what_we_save(tmp_path: Path, double_quant: bool, fam
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_we_load_what_transformers_saves(tmp_path: Path, double_quant: bool, dtype: torch.dtype) -> None:
     write_folder(tmp_path / "dense", WIDE, random_tensors(WIDE, torch.float32))
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
@@ -76,7 +76,8 @@ def test_we_load_what_transformers_saves(tmp_path: Path, double_quant: bool, dty
     again = theirs_from(tmp_path / "q")
     for name, module in four_bit(theirs).items():
         layer = ours.get_submodule(name)
-        assert layer.double_quant == double_quant and layer.weight_dtype == dtype
+        # The file's type says how it was written; what a merge here would make is of this model's.
+        assert layer.double_quant == double_quant and layer.weight_dtype == torch.float32
         assert_same(their_weight(module), layer.dense_weight(dtype), name)
     assert four_bit(again).keys() == four_bit(theirs).keys()
 

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minilora import load_model
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig, num_parameters
 from minilora.llama.model import LlamaForCausalLM
+from tests.llama.model_folders import write_folder
 
 transformers = pytest.importorskip("transformers", reason="extra [peers] is not installed")
 
@@ -103,6 +105,20 @@ def test_logits_equal_transformers(pair: Pair) -> None:
     ids = tokens(pair, 2, LENGTH)
     same(ours(ids), theirs(ids).logits)
     same(ours(ids, last_only=True), theirs(ids).logits[:, -1:])
+
+
+@pytest.mark.parametrize(("family", "layout"), [
+    ("llama2", "bin"), ("meditron", "bin shards"), ("llama3_untied", "safetensors shards"), ("llama3_tied", "bin shards"),
+    ("attention_bias", "safetensors"), ("mistral", "safetensors shards"), ("qwen2", "bin"), ("qwen2_tied", "safetensors"),
+])
+@torch.no_grad()
+def test_the_loader_gives_transformers_logits_from_every_layout(tmp_path: Path, family: str, layout: str) -> None:
+    theirs = write(tmp_path / "theirs", family)
+    tensors = load_file(tmp_path / "theirs" / "model.safetensors")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    ours = load_model(write_folder(tmp_path / "ours", config, tensors, layout), quantize=None, dtype=torch.float32)
+    ids = torch.randint(3, ours.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    same(ours(ids), theirs(ids).logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

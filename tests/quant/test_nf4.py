@@ -18,7 +18,7 @@ BOUND = 0.1519036      # half the widest gap, between -1 and -0.696
 # Magnitudes from 2**-100 up: below 1e-38 scaling stops (see test_subnormal_blocks_follow_the_clamp).
 finite = st.floats(-(2.0 ** 100), 2.0 ** 100, width=32).map(lambda x: 0.0 if abs(x) < 2.0 ** -100 else x)
 weights = arrays(np.float32, array_shapes(max_dims=3, max_side=40), elements=finite)
-blocksizes = st.sampled_from([2, 16, 32, 64, 128, 256])
+blocksizes = st.sampled_from([1, 2, 3, 16, 32, 64, 128, 256, 1024, 4096])
 
 
 def first_difference(a: torch.Tensor, b: torch.Tensor) -> str:
@@ -49,6 +49,14 @@ def test_codes_and_absmax_equal_the_loop(w: np.ndarray, blocksize: int) -> None:
     codes, absmax = quantize_loop(w.reshape(-1), CODE, blocksize)
     assert q.codes().tolist() == codes and q.absmax.tolist() == absmax
     assert q.dequantize().reshape(-1).tolist() == dequantize_loop(codes, absmax, CODE, blocksize)
+
+
+@given(arrays(np.float32, st.integers(1, 200), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)), blocksizes)
+def test_any_finite_float32_down_to_subnormals_equals_the_loop(w: np.ndarray, blocksize: int) -> None:
+    q = quantize_nf4(torch.from_numpy(w), blocksize, double_quant=False)
+    codes, absmax = quantize_loop(w, CODE, blocksize)
+    assert q.codes().tolist() == codes and q.absmax.tolist() == absmax
+    assert q.dequantize().tolist() == dequantize_loop(codes, absmax, CODE, blocksize)
 
 
 @given(weights, blocksizes)
@@ -171,6 +179,44 @@ def test_subnormal_blocks_follow_the_clamp() -> None:
     assert (q.dequantize() == 0).all()
 
 
+@given(weights, blocksizes)
+def test_zero_stays_zero_under_double_quantization(w: np.ndarray, blocksize: int) -> None:
+    x = torch.from_numpy(w)
+    assert (quantize_nf4(x, blocksize).dequantize()[x == 0] == 0).all()
+
+
+@given(weights, blocksizes)
+def test_storage_is_what_the_parts_take(w: np.ndarray, blocksize: int) -> None:
+    n, blocks = w.size, -(-w.size // blocksize)
+    plain, nested = (quantize_nf4(torch.from_numpy(w), blocksize, double_quant=dq) for dq in (False, True))
+    assert plain.packed.numel() == nested.packed.numel() == (n + 1) // 2
+    assert plain.nbytes == (n + 1) // 2 + 4 * blocks
+    assert nested.nbytes == (n + 1) // 2 + blocks + 4 * -(-blocks // 256) + 4
+    assert plain.bits_per_param == 8 * plain.nbytes / n and nested.bits_per_param == 8 * (nested.nbytes - 4) / n
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_single_number_keeps_its_shape_and_value(double_quant: bool) -> None:
+    for value in (3.5, -3.5, 0.0):
+        q = quantize_nf4(torch.tensor(value), double_quant=double_quant)
+        assert q.shape == torch.Size([]) and q.packed.numel() == 1 and q.absmax.tolist() == [abs(value)]
+        assert q.dequantize().shape == torch.Size([]) and float(q.dequantize()) == value
+
+
+def test_a_parameter_and_a_view_give_the_bytes_of_their_values_and_no_graph() -> None:
+    w = torch.nn.Parameter(torch.randn(6, 10, 8, generator=torch.Generator().manual_seed(0)))
+    for view in (w, w.permute(2, 0, 1), w[:, ::3], w[:, :1].expand(6, 5, 8), w * 2):
+        q = quantize_nf4(view)
+        assert torch.equal(q.packed, quantize_nf4(view.detach().clone(memory_format=torch.contiguous_format)).packed)
+        assert q.shape == view.shape and not q.absmax.requires_grad and not q.dequantize().requires_grad
+
+
+def test_a_block_larger_than_the_tensor_costs_nothing() -> None:
+    w = torch.randn(101, generator=torch.Generator().manual_seed(0))
+    whole, huge = quantize_nf4(w, 101), quantize_nf4(w, 1 << 50)        # padded to its block it would take a petabyte
+    assert torch.equal(whole.packed, huge.packed) and torch.equal(whole.dequantize(), huge.dequantize())
+
+
 def test_all_zero_tensors_are_exact() -> None:
     for double_quant in (False, True):
         q = quantize_nf4(torch.zeros(3, 50), double_quant=double_quant)
@@ -178,13 +224,58 @@ def test_all_zero_tensors_are_exact() -> None:
 
 
 @pytest.mark.parametrize("w", [
-    torch.tensor([1.0, float("nan")]), torch.tensor([float("inf"), 0.0]), torch.empty(0), torch.arange(4), [1.0, 2.0]])
-def test_what_cannot_be_quantized_is_refused(w: torch.Tensor) -> None:
-    with pytest.raises(QuantizationError):
+    torch.tensor([1.0, float("nan")]), torch.tensor([float("inf"), 0.0]), torch.tensor([0.0, -float("inf")]).bfloat16(),
+    torch.tensor([float("nan")]).half(), torch.empty(0), torch.empty(0, 5), torch.arange(4), torch.ones(4, dtype=torch.bool),
+    torch.ones(4, dtype=torch.complex64), torch.ones(4).to(torch.float8_e4m3fn), torch.ones(4).to_sparse(),
+    torch.ones(4, device="meta"), [1.0, 2.0], np.ones(4, np.float32), None])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_cannot_be_quantized_is_refused(w: torch.Tensor, double_quant: bool) -> None:
+    with pytest.raises(QuantizationError) as caught:
+        quantize_nf4(w, double_quant=double_quant)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 1, 500, 998])
+def test_one_bad_number_anywhere_is_found_and_named(dtype: torch.dtype, value: float, at: int) -> None:
+    w = torch.randn(27, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w.view(-1)[at] = value
+    with pytest.raises(QuantizationError, match=rf"\(27, 37\) holds {value}"):
         quantize_nf4(w)
 
 
-@pytest.mark.parametrize("blocksize", [0, -64, 64.0, True, "64"])
+def test_a_number_that_float32_cannot_hold_is_refused() -> None:
+    w = torch.tensor([1.0, 1e300], dtype=torch.float64)
+    with pytest.raises(QuantizationError, match=r"1e\+300"):
+        quantize_nf4(w, double_quant=False)
+    assert torch.equal(quantize_nf4(w[:1]).dequantize(), w[:1])
+
+
+def test_constants_without_a_float32_mean_are_refused_and_do_without_nesting() -> None:
+    w = torch.full((1024,), 3e38)
+    with pytest.raises(QuantizationError, match="without double quantization"):
+        quantize_nf4(w)
+    assert torch.equal(quantize_nf4(w, double_quant=False).dequantize(), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, "bfloat16"])
+def test_weights_come_out_in_floating_types_only(dtype: torch.dtype) -> None:
+    q = quantize_nf4(torch.randn(10))
+    with pytest.raises(QuantizationError, match="floating type"):
+        q.dequantize(dtype)
+    if isinstance(dtype, torch.dtype):
+        with pytest.raises(QuantizationError, match="floating type"):
+            q.dequantize(out=torch.empty(10, dtype=dtype))
+
+
+def test_a_parameter_may_be_the_buffer() -> None:
+    q = quantize_nf4(torch.randn(10, generator=torch.Generator().manual_seed(0)))
+    out = torch.nn.Parameter(torch.empty(10))
+    assert q.dequantize(out=out) is out and torch.equal(out.detach(), q.dequantize())
+
+
+@pytest.mark.parametrize("blocksize", [0, -64, 64.0, True, "64", None])
 def test_impossible_block_sizes_are_refused(blocksize: int) -> None:
     with pytest.raises(QuantizationError, match="blocksize"):
         quantize_nf4(torch.ones(4), blocksize=blocksize)
@@ -198,3 +289,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         NF4Tensor(q.packed, (8, 64), torch.float32, 32, q.absmax)
     with pytest.raises(QuantizationError, match="exactly one"):
         NF4Tensor(q.packed, (8, 64), torch.float32, 64)
+    with pytest.raises(QuantizationError, match="blocksize"):
+        NF4Tensor(q.packed, (8, 64), torch.float32, 0, q.absmax)
+    with pytest.raises(QuantizationError, match="uint8"):
+        NF4Tensor(q.packed.int(), (8, 64), torch.float32, 64, q.absmax)
