@@ -17,8 +17,7 @@ from minilora.layers.merge import merge_lora
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import add_lora
 from minilora.llama.bnb_format import save_quantized
-from minilora.llama.tokenizer import load_tokenizer
-from minilora.loading import load_model
+from minilora.loading import load_model, load_tokenizer
 from minilora.quant.codebooks import NF4_CODE
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
 from minilora.train import train

@@ -20,7 +20,7 @@ from minilora.layers.qlora import Quantization, lora_layers
 from minilora.llama.bnb_format import save_quantized
 from minilora.llama.checkpoint import save_checkpoint
 from minilora.llama.config import LlamaConfig
-from minilora.llama.tokenizer import load_tokenizer
+from minilora.llama.tokenizer import read_tokenizer
 from minilora.loading import DTYPES, load_model, pick_device
 
 MARKER = "config.json"      # without it a folder is no model, and is not overwritten
@@ -39,7 +39,7 @@ def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_qua
     if blocksize < 1:
         raise ConfigError(f"blocksize must be at least 1, not {blocksize}")
     folder = resolve_model(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     loaded = load_model(folder, double_quant=double_quant, dtype=DTYPES[dtype], blocksize=blocksize, pad_vocab=pad_vocab,
                         progress=not quiet)
     with new_folder(out, overwrite, MARKER) as temporary:
@@ -77,7 +77,7 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
     if into == "original" and raw.get("quantization_config"):
         raise ConfigError(f"{folder} is a 4-bit model, so the original weights are not there; name the 16-bit model, or merge "
                           "--into 16bit")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     dense = into == "original" or trained_on is None
     how = trained_on or Quantization()
     # 16-bit arithmetic plays no part here: weights are merged in float32 and rounded once, to the base's own type.

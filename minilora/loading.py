@@ -11,6 +11,7 @@ from minilora.errors import ConfigError
 from minilora.hub import resolve_model
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,3 +80,15 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
+    """Load the tokenizer of a model or of a run.
+
+    Args:
+        path_or_hub_id: "tiny", a folder, one tokenizer.json or tokenizer.model file, or a hub id.
+
+    Raises: CheckpointError: no tokenizer there, or a broken one. HubError: the hub id cannot be turned into files.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    return read_tokenizer(path if path.exists() else resolve_model(path_or_hub_id))

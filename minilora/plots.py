@@ -24,7 +24,8 @@ def draw_demo(out: Path, before: Evaluation, after: Evaluation) -> Path | None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.3, 1), layout="constrained")
     left.plot(steps, losses, color=GREY, linewidth=0.8, label="each step")
     left.plot(steps, _smooth(losses, 25), color=BLUE, linewidth=2, label="running mean of 25")
-    left.set(xlabel="optimizer step", ylabel="loss per label token (nats)", title="QLoRA training: 4-bit base, r = 16", yscale="log")
+    left.set(xlabel="optimizer step", ylabel="loss per label token (nats)", title="QLoRA training: 4-bit base, r = 16",
+             yscale="log")
     left.legend(frameon=False)
 
     names = {"exact_match": "exact match", "macro_f1": "macro-F1", "cosine": "cosine"}

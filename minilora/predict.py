@@ -32,7 +32,7 @@ from minilora.generate import generate_ids
 from minilora.hub import resolve_model
 from minilora.layers.qlora import Quantization
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.trie import LabelTrie, predict_labels
 
@@ -100,7 +100,7 @@ class Predictor:
         if not isinstance(written, str) or type(length) is not int:
             raise CheckpointError(f"{run / EXTRA_FILE}: template must be a text and max_length a whole number")
         prompt = load_template(template) if template else Template(f"of {run}", written)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         four_bit = quantize == "nf4" or (quantize == "auto" and stored is not None)
         how = stored or Quantization()
         loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=how.double_quant,

@@ -35,7 +35,7 @@ from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
 from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.optim.adamw import AdamW
 from minilora.runs import (
@@ -74,11 +74,14 @@ class TrainResult:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Rate of step 1 … `total`: linear up to `peak` over the first `warmup` share, then half a cosine down to 0."""
+    """Rate of step 1 … `total`: linear up to `peak` over the first `warmup` share, then half a cosine.
+
+    The cosine would reach 0 one step after the last: no step is wasted, not even that of a run of one step.
+    """
     rising = max(1, round(total * warmup)) if warmup else 0
     if step <= rising:
         return peak * step / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising + 1)))
 
 
 def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -164,7 +167,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.resume:
         config.check_resumes(out / "config.toml")
     folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     device = pick_device(config.device)
     dtype = torch.float32 if full else pick_dtype(config.dtype, device)
     # The tables come before the weights: a wrong column should not cost the minutes in which a large model is quantized.

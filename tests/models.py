@@ -13,9 +13,11 @@ from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
 
 SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 128,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 259, "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "max_position_embeddings": 256, "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 256, "eos_token_id": 257,
+    "max_position_embeddings": 256, "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 256,
+    "eos_token_id": 257,
     "pad_token_id": 258, "torch_dtype": "float32",
 }
 
@@ -38,7 +40,8 @@ def write_model(folder: Path, seed: int = 0, std: float = 0.05, **overrides: Any
     (folder / "config.json").write_text(json.dumps(raw))
     model = LlamaForCausalLM(LlamaConfig.from_dict(raw))
     model.init_weights(torch.Generator().manual_seed(seed), std)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not (raw["tie_word_embeddings"] and name == "lm_head.weight")}
+    state = {name: tensor for name, tensor in model.state_dict().items()
+             if not (raw["tie_word_embeddings"] and name == "lm_head.weight")}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(

@@ -9,7 +9,7 @@ import torch
 from minilora.embed import embed_texts
 from minilora.errors import ConfigError
 from minilora.llama.checkpoint import load_checkpoint
-from minilora.llama.tokenizer import load_tokenizer
+from minilora.llama.tokenizer import read_tokenizer
 from tests.models import write_model
 
 TEXTS = ["CT Abdomen W Contrast", "XR Knee", "a", "MRI Brain W WO Contrast", "US Pelvis"]
@@ -17,7 +17,7 @@ TEXTS = ["CT Abdomen W Contrast", "XR Knee", "a", "MRI Brain W WO Contrast", "US
 
 def test_embedding_is_the_mean_of_hidden_states_without_bos(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
-    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
     model.train()
     vectors = embed_texts(model, tokenizer, TEXTS, batch_size=3)
     assert model.training and vectors.dtype == torch.float32 and not vectors.requires_grad
@@ -30,7 +30,7 @@ def test_embedding_is_the_mean_of_hidden_states_without_bos(tmp_path: Path) -> N
 
 def test_text_without_tokens_is_zero_and_long_text_is_cut(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
-    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
     empty, cut, whole = embed_texts(model, tokenizer, ["", "b" * 900, "b" * 255])
     assert not empty.any()
     torch.testing.assert_close(cut, whole)

@@ -10,7 +10,7 @@ from minilora.errors import CheckpointError, ConfigError, DataError
 from minilora.generate import evaluation_mode, generate, generate_ids
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from tests.models import write_model
 
 PROMPTS = ["a", "History: fall", "CT of the abdomen, please", "x" * 40, "b", "fever, r/o abscess"]
@@ -19,7 +19,7 @@ PROMPTS = ["a", "History: fall", "CT of the abdomen, please", "x" * 40, "b", "fe
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Tokenizer]:
     folder = write_model(tmp_path_factory.mktemp("model"), std=0.3)
-    return load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+    return load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
 
 
 def test_one_text_without_a_list_is_refused_and_tensors_are_prompts(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
@@ -106,6 +106,6 @@ def test_bad_prompts_are_refused_before_the_model_runs(small: tuple[LlamaForCaus
 
 def test_a_sliding_window_counts_tokens_and_not_padding(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", std=0.3, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=6)
-    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+    model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
     expected = [plain_greedy(model, tokenizer.encode(prompt), tokenizer.eos_id, 8) for prompt in PROMPTS]
     assert generate_ids(model, tokenizer, PROMPTS, 8, batch_size=6) == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import CheckpointError, ConfigError, NF4Linear, load_model, quantize_nf4
+from minilora import CheckpointError, ConfigError, HubError, NF4Linear, load_model, load_tokenizer, quantize_nf4
 from minilora.generate import generate_ids
 from tests.models import write_model
 
@@ -99,3 +99,14 @@ def test_trained_weights_lose_to_4_bits_what_normal_ones_do(shared_data: Path) -
         w.copy_(q.dequantize())
     ids = torch.tensor([[1, 461, 461, 401, 401, 401, 461, 378, 455, 473]])
     assert torch.equal(model(ids), dense(ids)), "the 4-bit model is the dense one of its dequantized weights, to the bit"
+
+
+def test_a_tokenizer_is_named_as_a_model_is(folder: Path, tmp_path: Path) -> None:
+    ids = load_tokenizer(folder).encode("CT (x)")
+    assert load_tokenizer(str(folder)).encode("CT (x)") == load_tokenizer(folder / "tokenizer.json").encode("CT (x)") == ids
+    assert load_tokenizer("tiny").decode(load_tokenizer("tiny").encode("CT (x)")) == "CT (x)"
+    for name in (tmp_path / "nothing", str(tmp_path / "nothing")):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            load_tokenizer(name)
+    with pytest.raises(HubError, match="no such folder here"):
+        load_tokenizer("nobody/nothing")

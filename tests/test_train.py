@@ -246,9 +246,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(base: Path) -> None:
 def test_the_rate_rises_and_falls_by_hand() -> None:
     rates = [learning_rate(step, 10, 1.0, 0.2) for step in range(1, 11)]
     assert rates[:2] == [0.5, 1.0]
-    assert rates[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)])
-    assert rates[5] == pytest.approx(0.5) and rates[-1] == pytest.approx(0.0)
+    assert rates[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 9)) for k in range(1, 9)])
     assert learning_rate(1, 1, 1.0, 0.05) == 1.0, "a run of one step takes it at the full rate"
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0.0), (2, 0.0), (1000, 0.0), (1000, 0.05), (7, 0.9)])
+def test_no_step_is_taken_at_a_rate_of_zero(total: int, warmup: float) -> None:
+    assert all(learning_rate(step, total, 1.0, warmup) > 1e-7 for step in range(1, total + 1))
 
 
 @given(total=st.integers(2, 300), warmup=st.floats(0, 1), peak=st.floats(1e-6, 1))
@@ -259,6 +263,7 @@ def test_the_rate_stays_between_zero_and_its_peak_and_has_one_top(total: int, wa
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     if warmup:
         assert rates[top] == pytest.approx(peak)
+    assert rates[-1] > 0
 
 
 def test_the_default_rate_is_qloras_scaled_by_width(config: TrainConfig) -> None:

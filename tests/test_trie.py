@@ -13,7 +13,7 @@ import minilora.trie
 from minilora.errors import CheckpointError, ConfigError, DataError
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.trie import LabelTrie, Normalization, predict_labels, score_labels, tree_chunks
 from tests.models import write_model
 
@@ -24,7 +24,7 @@ NOTES = ["fall, r/o bleed", "x", "History: heart failure, hepatic vein; Diagnosi
 
 def load(folder: Path, **overrides: object) -> tuple[LlamaForCausalLM, Tokenizer]:
     write_model(folder, std=0.3, **overrides)
-    return load_checkpoint(folder, quantize=None, dtype=torch.float32), load_tokenizer(folder)
+    return load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

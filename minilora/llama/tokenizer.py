@@ -34,7 +34,7 @@ KNOWN = {"bos": ("<s>", "<|begin_of_text|>", "<bos>"), "eos": ("</s>", "<|end_of
 
 
 class Tokenizer:
-    """A model's tokenizer; make one with `load_tokenizer`.
+    """A model's tokenizer; made by `read_tokenizer`.
 
     Attributes:
         bos_id, eos_id, pad_id: token ids, or None where the model has no such token.
@@ -233,7 +233,7 @@ def _only_control_is_special(backend: tokenizers.Tokenizer, control: set[int]) -
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def read_tokenizer(path: Path | str) -> Tokenizer:
     """Read a model folder's tokenizer, or one tokenizer.json or tokenizer.model file.
 
     Args:

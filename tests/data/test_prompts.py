@@ -21,7 +21,7 @@ from minilora.data.prompts import (
     longest_label,
 )
 from minilora.errors import CheckpointError, ConfigError, DataError
-from minilora.llama.tokenizer import load_tokenizer
+from minilora.llama.tokenizer import read_tokenizer
 
 MERGES = {": ": 259, "el:": 260}
 
@@ -163,7 +163,7 @@ def test_a_tokenizer_without_end_token_is_refused():
 
 @pytest.mark.parametrize("words", ["liver laceration, on apixaban; ", "Größe 5µm – naïve\r\n", "x", "( W/O )  "])
 def test_the_llama_2_tokenizer_cuts_to_fit_and_keeps_the_joint(shared_data: Path, words: str):
-    tokenizer = load_tokenizer(shared_data / "llama2-tokenizer")
+    tokenizer = read_tokenizer(shared_data / "llama2-tokenizer")
     for max_length in (40, 64, 65):
         example = encode_example(tokenizer, NOTE, words * 300, "CT Abdomen W Contrast", max_length)
         answer = encode_label(tokenizer, "CT Abdomen W Contrast")

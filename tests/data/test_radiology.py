@@ -271,3 +271,11 @@ def test_too_few_notes_or_a_negative_seed_are_refused(n: int, seed: int, tmp_pat
     with pytest.raises(ConfigError, match="at least"):
         write_dataset(tmp_path / "set", n=n, seed=seed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mother.txt").write_text("dear")
+    with pytest.raises(OutputError, match=r"no train\.csv"):
+        write_dataset(tmp_path / "letters", n=200, seed=0, overwrite=True)
+    assert (tmp_path / "letters" / "mother.txt").read_text() == "dear"

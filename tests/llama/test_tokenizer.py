@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from minilora.errors import CheckpointError, ConfigError, OutputError
-from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
@@ -58,7 +58,7 @@ CONFIGS: list[dict[str, Any]] = [
 def test_exactly_one_bos_whatever_the_post_processor_does(
         tmp_path: Path, files: dict[str, Any], post_processor: bool, text: str) -> None:
     backend = byte_level()
-    tokenizer = load_tokenizer(write(tmp_path, with_bos(backend) if post_processor else backend, **files))
+    tokenizer = read_tokenizer(write(tmp_path, with_bos(backend) if post_processor else backend, **files))
     ids = tokenizer.encode(text)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert ids[0] == 1 and ids.count(1) == 1, ids
@@ -69,7 +69,7 @@ def test_exactly_one_bos_whatever_the_post_processor_does(
 
 def test_an_explicit_null_means_no_bos(tmp_path: Path) -> None:
     backend = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = load_tokenizer(write(tmp_path, backend, tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>",
+    tokenizer = read_tokenizer(write(tmp_path, backend, tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>",
                                                                           "pad_token": "<|endoftext|>"},
                                      config={"model_type": "qwen2", "bos_token_id": 0}))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, 0)
@@ -78,17 +78,17 @@ def test_an_explicit_null_means_no_bos(tmp_path: Path) -> None:
 
 def test_qwen2_config_does_not_invent_a_bos(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level(["<|endoftext|>"]), config={"model_type": "qwen2", "bos_token_id": 0})
-    assert load_tokenizer(folder).bos_id is None
+    assert read_tokenizer(folder).bos_id is None
 
 
 def test_padding_with_the_end_token_counts_as_no_padding(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level(), tokenizer_config={"eos_token": "</s>", "pad_token": "</s>"})
-    assert load_tokenizer(folder).pad_id is None
+    assert read_tokenizer(folder).pad_id is None
 
 
 def test_chat_markers_are_read_out_of_text_and_left_out_of_decoded_text(tmp_path: Path) -> None:
     backend = byte_level([*SPECIAL, "<|im_start|>"])
-    tokenizer = load_tokenizer(write(tmp_path, backend))
+    tokenizer = read_tokenizer(write(tmp_path, backend))
     ids = tokenizer.encode("<|im_start|>CT")
     assert ids[:2] == [1, 4]
     assert tokenizer.decode(ids) == "CT"
@@ -98,20 +98,20 @@ def test_chat_markers_are_read_out_of_text_and_left_out_of_decoded_text(tmp_path
 def test_a_vocabulary_that_spells_bos_as_a_word_gives_one_bos(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "CT": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    assert load_tokenizer(write(tmp_path, backend)).encode("<s> CT <s>") == [1, 2]
+    assert read_tokenizer(write(tmp_path, backend)).encode("<s> CT <s>") == [1, 2]
 
 
 def test_padding_and_truncation_in_the_file_are_ignored(tmp_path: Path) -> None:
     backend = byte_level()
     backend.enable_padding(length=50)
     backend.enable_truncation(4)
-    tokenizer = load_tokenizer(write(tmp_path, backend))
+    tokenizer = read_tokenizer(write(tmp_path, backend))
     assert tokenizer.decode(tokenizer.encode("CT abdomen with contrast")) == "CT abdomen with contrast"
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write(tmp_path_factory.mktemp("one"), with_bos(byte_level())))
+    return read_tokenizer(write(tmp_path_factory.mktemp("one"), with_bos(byte_level())))
 
 
 @settings(max_examples=200, deadline=None)
@@ -125,9 +125,9 @@ def test_any_text_comes_back_with_ids_below_the_vocabulary(one: Tokenizer, text:
 
 @pytest.mark.parametrize("files", CONFIGS)
 def test_save_and_load_give_the_same_tokenizer_without_config_json(tmp_path: Path, files: dict[str, Any]) -> None:
-    first = load_tokenizer(write(tmp_path / "a", byte_level(), **files))
+    first = read_tokenizer(write(tmp_path / "a", byte_level(), **files))
     first.save(tmp_path / "b")
-    second = load_tokenizer(tmp_path / "b")
+    second = read_tokenizer(tmp_path / "b")
     for tokenizer in (first, second):
         assert tokenizer.encode("CT brain <s>") == first.encode("CT brain <s>")
     assert [(t.bos_id, t.eos_id, t.pad_id, t.vocab_size, t.special_ids) for t in (second,)] == \
@@ -155,7 +155,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str, content: 
     write(tmp_path, byte_level())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
     assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
 
@@ -164,7 +164,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str, content: 
 def test_a_broken_tokenizer_model_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model") as caught:
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -172,28 +172,28 @@ def test_a_truncated_tokenizer_model_is_named(tmp_path: Path, shared_data: Path)
     whole = (shared_data / "llama2-tokenizer" / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_no_tokenizer_and_no_folder_say_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="no such"):
-        load_tokenizer(tmp_path / "nowhere")
+        read_tokenizer(tmp_path / "nowhere")
 
 
 def test_added_token_flags_survive(tmp_path: Path) -> None:
     backend = byte_level()
     backend.add_tokens([AddedToken("[bib_ref]", normalized=False, lstrip=True)])
     backend.add_special_tokens([AddedToken("<|eot|>", normalized=False)])
-    tokenizer = load_tokenizer(write(tmp_path, backend))
+    tokenizer = read_tokenizer(write(tmp_path, backend))
     reference = backend.token_to_id("[bib_ref]")
     assert tokenizer.encode("CT  [bib_ref]", bos=False)[-1] == reference
     assert tokenizer.decode([reference]) == "[bib_ref]" and tokenizer.decode([backend.token_to_id("<|eot|>")]) == ""
 
 
 def test_what_is_no_text_and_what_is_no_token_is_refused(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(write(tmp_path, byte_level())))
+    tokenizer = read_tokenizer(str(write(tmp_path, byte_level())))
     for wrong in (3, None, b"CT", ["CT"]):
         with pytest.raises(TypeError, match=r"one text \(str\)"):
             tokenizer.encode(wrong)
@@ -204,6 +204,6 @@ def test_what_is_no_text_and_what_is_no_token_is_refused(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(write(tmp_path, byte_level()))
+    tokenizer = read_tokenizer(write(tmp_path, byte_level()))
     with pytest.raises(OutputError, match="cannot write"):
         tokenizer.save(tmp_path / "tokenizer.json")

@@ -21,9 +21,11 @@ def test_first_step_by_hand() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(lr=st.floats(1e-6, 1.0), beta1=st.floats(0.0, 0.99), beta2=st.floats(0.0, 0.9999), eps=st.sampled_from([1e-8, 1e-6, 1e-3]),
-       weight_decay=st.sampled_from([0.0, 0.01, 0.3]), seed=st.integers(0, 1 << 30), skip=st.booleans())
-def test_bits_equal_torch(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, skip: bool) -> None:
+@given(lr=st.floats(1e-6, 1.0), beta1=st.floats(0.0, 0.99), beta2=st.floats(0.0, 0.9999),
+       eps=st.sampled_from([1e-8, 1e-6, 1e-3]), weight_decay=st.sampled_from([0.0, 0.01, 0.3]),
+       seed=st.integers(0, 1 << 30), skip=st.booleans())
+def test_bits_equal_torch(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
+                          skip: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     initial = [torch.randn(shape, generator=generator) for shape in ((3, 5), (7,), (1,))]
     options = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minilora.errors import CheckpointError
 from minilora.llama.sentencepiece import merges_of, read_sentencepiece
-from minilora.llama.tokenizer import Tokenizer, load_tokenizer
+from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="install the [peers] extra")
 
@@ -68,7 +68,7 @@ def theirs(model_file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def ours(model_file: Path) -> Tokenizer:
-    return load_tokenizer(model_file)
+    return read_tokenizer(model_file)
 
 
 def assert_equal(ours: Tokenizer, theirs: Any, text: str) -> None:
@@ -137,13 +137,13 @@ def test_meditrons_added_tokens_follow_the_pieces(tmp_path: Path, model_file: Pa
             **{str(i): {"content": t, "special": True, "normalized": False} for i, t in enumerate(("<unk>", "<s>", "</s>"))},
             **{str(32000 + i): {"content": t, "special": t.startswith("<")} for i, t in enumerate(MEDITRON_TOKENS)}}}
     (tmp_path / source).write_text(json.dumps(content))
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = read_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (32017, 1, 2, 32004)
     for i, text in enumerate(MEDITRON_TOKENS):
         assert (32000 + i in tokenizer.encode(f"see {text} there")) == (text != "<PAD>"), text
     assert tokenizer.encode("CT brain", bos=False) == theirs.encode("CT brain")
     tokenizer.save(tmp_path / "copy")
-    copy = load_tokenizer(tmp_path / "copy")
+    copy = read_tokenizer(tmp_path / "copy")
     assert copy.encode("[bib] x <CLS> é") == tokenizer.encode("[bib] x <CLS> é") and copy.pad_id == 32004
 
 
@@ -157,7 +157,7 @@ def test_added_tokens_that_do_not_fit_are_refused(tmp_path: Path, model_file: Pa
     shutil.copy(model_file, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     with pytest.raises(CheckpointError, match=said):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("options", [
@@ -171,7 +171,7 @@ def test_models_trained_here_with_other_settings_agree(tmp_path: Path, options: 
     prefix = str(tmp_path / "tokenizer")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_prefix=prefix, **settings_)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    ours = load_tokenizer(tmp_path)
+    ours = read_tokenizer(tmp_path)
     assert ours.bos_id == (theirs.bos_id() if theirs.bos_id() >= 0 else None)
     assert ours.pad_id == (theirs.pad_id() if theirs.pad_id() >= 0 else None)
     texts = ["", " ", "  CT  of the ", "patient", "ﬁ ① CT", "abdomen\n\ncontrast", "é e\u0301", "the the the", "▁CT"]
@@ -188,4 +188,4 @@ def test_a_model_that_follows_other_rules_is_refused(tmp_path: Path, options: di
     prefix, corpus = str(tmp_path / "tokenizer"), ["a b c d e f"] * 9
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_prefix=prefix, minloglevel=2, **options)
     with pytest.raises(CheckpointError, match=said):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)

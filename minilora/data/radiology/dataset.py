@@ -68,10 +68,10 @@ def write_dataset(out: str | Path, n: int = 10_000, seed: int = 0, overwrite: bo
     """Write train.csv, val.csv and test.csv (columns note, label; UTF-8; owner-only) into a new folder.
 
     Returns: rows of each split.
-    Raises: ConfigError (see `generate`), OutputError: the folder exists and `overwrite` is False.
+    Raises: ConfigError (see `generate`), OutputError: the folder exists and `overwrite` is False, or it is no such set.
     """
     made = generate(n, seed)
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, marker="train.csv") as folder:
         for split, rows in made.items():
             path = folder / f"{split}.csv"
             path.touch(mode=0o600)
