@@ -200,7 +200,7 @@ def main() -> None:
              "held_out_perplexity": round(math.exp(held), 3), "seconds": round(time.perf_counter() - started),
              "arguments": {k: v for k, v in vars(args).items() if k != "out"}, "curve": curve}
     (args.out / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.out / "README.md").write_text(CARD.format(**facts, **facts["arguments"], **config))
+    (args.out / "README.md").write_text(CARD.format(**{**config, **facts["arguments"], **facts}))
     draw_curve(curve, args.out / "pretraining.png")
     print(json.dumps({k: v for k, v in facts.items() if k != "curve"}))
 
