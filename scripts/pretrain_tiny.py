@@ -163,7 +163,7 @@ def main() -> None:
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model = LlamaForCausalLM(LlamaConfig.from_dict(config))
     model.init_weights(torch.Generator().manual_seed(args.seed))
-    # Muon for the blocks' matrices, AdamW for embedding and norms: in a first two minutes, one run each, lower than AdamW alone.
+    # Muon for the blocks' matrices, AdamW for the rest: lower after two minutes, one run each, than AdamW alone.
     blocks = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not block for block in blocks)]
     optimizers: list[torch.optim.Optimizer] = [
