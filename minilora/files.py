@@ -15,7 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from minilora.errors import OutputError
+
+# Trap: safetensors says a full disk in an exception of its own, which is no OSError.
+DISK_ERRORS = (OSError, SafetensorError)
+
+
+def disk_reason(error: Exception) -> str:
+    """What the disk said, in one line."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sync_folder(path: Path) -> None:
@@ -55,8 +65,8 @@ def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Pat
         _sync_file(temporary)
         os.replace(temporary, final)
         sync_folder(final.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {final}: {error.strerror or error}; check the folder, its free space and "
+    except DISK_ERRORS as error:
+        raise OutputError(f"cannot write {final}: {disk_reason(error)}; check the folder, its free space and "
                           "permissions") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,7 +135,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: st
         else:
             os.replace(temporary, final)
         sync_folder(final.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {final}: {error.strerror or error}; check free space and permissions") from error
+    except DISK_ERRORS as error:
+        raise OutputError(f"cannot write {final}: {disk_reason(error)}; check free space and permissions") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

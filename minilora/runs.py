@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.adapters import read_json_object
 from minilora.errors import CheckpointError, OutputError
-from minilora.files import check_output, new_folder, write_json
+from minilora.files import check_output, disk_reason, new_folder, write_json
 
 KEPT = 2
 METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.toml"
@@ -81,9 +81,12 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
     with new_folder(checkpoints / f"step-{position.step:06d}", overwrite=True) as temporary:
         save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()},
                   temporary / "trained.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "cpu_random": torch.get_rng_state(),
-                    "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-                   temporary / "optimizer.pt")
+        try:
+            torch.save({"optimizer": optimizer.state_dict(), "cpu_random": torch.get_rng_state(),
+                        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+                       temporary / "optimizer.pt")
+        except RuntimeError as error:       # Trap: torch's way to say that the disk is full
+            raise OSError(f"optimizer.pt could not be written ({str(error).splitlines()[0]})") from error
         write_json(temporary / "state.json", {"step": position.step, "metrics_bytes": position.metrics_bytes})
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -148,9 +151,14 @@ def cut_metrics(folder: Path, size: int) -> None:
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> int:
     """Add one line to metrics.jsonl; returns the file's size in bytes after it."""
-    with (folder / METRICS_FILE).open("ab") as file:
-        file.write((json.dumps(values) + "\n").encode())
-        return file.tell()
+    try:
+        with (folder / METRICS_FILE).open("ab") as file:
+            file.write((json.dumps(values) + "\n").encode())
+            file.flush()
+            return file.tell()
+    except OSError as error:
+        raise OutputError(f"cannot write {folder / METRICS_FILE}: {disk_reason(error)}; free some space, then go on with "
+                          "--resume") from error
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

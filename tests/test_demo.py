@@ -34,6 +34,11 @@ def test_the_untuned_base_scores_at_most_a_tenth_and_training_lifts_it_far_above
     assert after["intervals"]["exact_match"][0] <= after["exact_match"] <= after["intervals"]["exact_match"][1]
 
 
+@pytest.mark.xfail(strict=True, reason="the goal, not reached yet: see the README, What it scores")
+def test_nine_test_notes_in_ten_get_the_right_protocol(out: Path) -> None:
+    assert json.loads((out / "after.json").read_text())["exact_match"] >= 0.90
+
+
 def test_the_worked_example_stands_in_no_file(out: Path) -> None:
     for split in ("train", "val", "test"):
         assert not any(is_worked_example(row.text) for row in read_table(out / "data" / f"{split}.csv", "note", "label").rows)

@@ -548,3 +548,18 @@ def test_full_tuning_takes_a_tenth_of_the_default_rate(config: TrainConfig) -> N
 def test_full_tuning_needs_weights_that_can_change(config: TrainConfig, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(config, **{"dtype": "auto", **options})
+
+
+@pytest.mark.parametrize("limit", [20_000, 60_000, 150_000])
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_keeps_whole_checkpoints(config: TrainConfig, limit: int) -> None:
+    """A real refusal by the system, at a limit on each file's size: in the weights, in the optimizer's state, or before."""
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+            "from minilora.cli import main; sys.exit(main(sys.argv[1:]))")
+    flags = ["--model", config.model, "--data", config.data, "--out", config.out, "--max-steps", "2", "--quiet"]
+    flags += ["--input-column", config.input_column, "--label-column", config.label_column]
+    flags += ["--max-length", str(config.max_length)]
+    ended = subprocess.run([sys.executable, "-c", code, "train", *flags, "--save-every", "1"], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("minilora: cannot write ") and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert not list(Path(config.out).rglob(".tmp-*"))
