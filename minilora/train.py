@@ -87,9 +87,10 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Sum over the batch's label tokens of −log p(token | what stands before it), a float32 scalar.
 
-    Position t predicts token t + 1, so labels are shifted by one against the hidden states.
+    Position t predicts token t + 1, so labels are shifted by one against the hidden states.  No attention mask: `collate`
+    pads on the right, where a causal model's earlier positions don't look, and padding carries no loss.
     """
-    hidden = model.hidden(batch.input_ids, attention_mask=batch.attention_mask)            # (B, T, hidden)
+    hidden = model.hidden(batch.input_ids)                                                 # (B, T, hidden)
     targets = batch.labels[:, 1:]                                                          # (B, T - 1)
     carries_loss = targets != IGNORED
     logits = model.lm_head(hidden[:, :-1][carries_loss])                                   # (label tokens, vocab)

@@ -16,43 +16,27 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from minilora.config import TrainConfig
 from minilora.data.radiology import write_dataset
-from minilora.data.radiology.corpus import documents
+from minilora.data.radiology.corpus import documents, encode_documents
 from minilora.data.tables import read_table
-from minilora.demo import SETTINGS
+from minilora.demo import NOTES, SETTINGS
 from minilora.evaluate import Evaluation
 from minilora.files import check_output, write_json
-from minilora.generate import evaluation_mode
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import base_only
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.tokenizer import Tokenizer
 from minilora.predict import Prediction, Predictor
 from minilora.score import predict_all, score_predictions
-from minilora.train import train
+from minilora.train import train, validation_loss
 
 BASES = {"LoRA on 16-bit weights": ("none", False), "QLoRA, NF4": ("nf4", False),
          "QLoRA, NF4 + double quantization": ("nf4", True)}
-HELD_OUT = 400      # documents for the perplexity
-
-
-def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[str]) -> float:
-    """exp of the mean −log p over all tokens of `texts`, each read as a sequence of its own."""
-    total, tokens = 0.0, 0
-    with evaluation_mode(model):
-        for text in texts:
-            ids = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_id]])
-            logits = model(ids[:, :-1]).float()
-            total += float(F.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
-            tokens += ids.shape[1] - 1
-    return math.exp(total / tokens)
+HELD_OUT_SEED = 2       # of the documents for the perplexity; pretraining saw those of another seed
 
 
 def bits_per_weight(model: LlamaForCausalLM) -> float:
@@ -86,11 +70,10 @@ def main() -> None:
     args = parser.parse_args()
     check_output(args.out, args.overwrite)
     data = args.out / "data"
-    write_dataset(data, seed=0, overwrite=args.overwrite)
+    write_dataset(data, n=NOTES, seed=0, overwrite=args.overwrite)
     test = read_table(data / "test.csv", "note", "label").rows
     references = [row.label or "" for row in test]
-    unseen = set(documents(seed=0))
-    texts = [text for text in itertools.islice(documents(seed=1), 2 * HELD_OUT) if text not in unseen][:HELD_OUT]
+    texts = list(documents(seed=HELD_OUT_SEED, n=1000))
 
     results: list[dict[str, Any]] = []
 
@@ -107,8 +90,8 @@ def main() -> None:
             predictor = Predictor.load("tiny", adapter=run)
             scores = score_predictions(predictor, predict_all(predictor, [row.text for row in test]), references)
             with base_only(predictor.model):
-                surprise = perplexity(predictor.model, predictor.tokenizer, texts)
-            record(name, scores, seed=seed, bits=bits_per_weight(predictor.model), perplexity=surprise,
+                surprise = validation_loss(predictor.model, encode_documents(predictor.tokenizer, texts), batch_size=16)
+            record(name, scores, seed=seed, bits=bits_per_weight(predictor.model), perplexity=math.exp(surprise),
                    val_loss=result.val_loss, seconds=round(result.seconds))
     chosen, chances = bag_of_words(data)
     answers = [Prediction(label, chance) for label, chance in zip(chosen, chances, strict=True)]

@@ -3,14 +3,13 @@
 
     python scripts/pretrain_tiny.py                 # writes minilora/assets/tiny, half an hour on two cores
 
-The text comes from `minilora.data.radiology.corpus`: unlabelled notes, findings, definitions, and notes with a plain
-summary of what they say.  No document holds a note and a protocol label, so what protocol a note asks for is left to
+The text comes from `minilora.data.radiology.corpus`: unlabelled notes, findings, definitions, and notes with a reading of
+what they say.  No document holds a note and a protocol label, so what protocol a note asks for is left to
 fine-tuning.  Same seed, same machine, same files.
 """
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import shutil
@@ -19,21 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minilora.data.radiology.corpus import documents
+from minilora.data.batches import Batch, collate, epoch_batches
+from minilora.data.prompts import IGNORED
+from minilora.data.radiology.corpus import documents, encode_documents
 from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.tokenizer import read_tokenizer
 from minilora.optim.adamw import AdamW
-from minilora.train import learning_rate
+from minilora.train import label_loss, learning_rate
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+PAD_ID = 2
 ASSETS = Path(__file__).resolve().parents[1] / "minilora" / "assets" / "tiny"
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 704,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
+    "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "silu",
     "attention_bias": False, "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
     "torch_dtype": "bfloat16",
@@ -58,8 +60,9 @@ fine-tuning can be shown, tested and measured offline, on a laptop. It is a real
 
 | | |
 | --- | --- |
-| documents | {documents:,} for training, {held_out_documents:,} held out (another seed, none in common) |
-| tokens | {tokens:,} in the corpus, {tokens_seen:,} seen in {steps:,} steps of {batch} x {length} |
+| documents | {documents:,} for training, each seen once; {held_out_documents:,} held out (another seed, none in common) |
+| tokens | {tokens:,}, {tokens_with_loss:,} of them with loss, in {steps:,} steps of {batch} documents |
+| loss | on all of a note alone, of definitions and of findings; of a note that is read, on the reading only |
 | optimizer | Muon on the blocks' matrices (peak rate {lr:g}, weight decay 0.1), AdamW on the rest (half the rate) |
 | schedule | warm-up, then a cosine to zero; products in bfloat16, weights in float32 |
 | seed | {seed} |
@@ -72,9 +75,10 @@ The figures of the curve are in `pretraining.json`.
 
 ## What it has read, and what it has not
 
-Synthetic order notes, plain summaries of such notes, definitions of terms and protocols, and findings. No document holds
-both a note and the name of a protocol: which protocol a note asks for is left to fine-tuning, and before it the model
-scores next to nothing on that. The phrasings of the validation and test splits occur nowhere in the text.
+Synthetic order notes; such notes with a reading in plain words (what is looked for, what is allowed, which fact changes
+the plan); definitions of terms and protocols; findings. No document holds both a note and the name of a protocol: which
+protocol a note asks for is left to fine-tuning, and before it the model scores next to nothing on that. The phrasings of
+the validation and test splits occur nowhere in the text.
 
 ## Limits
 
@@ -82,7 +86,7 @@ It knows the synthetic world of its corpus and no other: no general language, no
 """
 
 
-def train_tokenizer(texts: list[str], vocab: int, folder: Path) -> Tokenizer:
+def train_tokenizer(texts: list[str], vocab: int, folder: Path) -> None:
     """A byte-level BPE in which every digit is a token of its own, so that numbers can be read digit by digit."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -97,21 +101,18 @@ def train_tokenizer(texts: list[str], vocab: int, folder: Path) -> Tokenizer:
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
         "add_bos_token": True, "model_max_length": CONFIG["max_position_embeddings"]}, indent=2) + "\n")
-    return tokenizer
 
 
-def packed(tokenizer: Tokenizer, texts: list[str], length: int) -> torch.Tensor:
-    """Documents as ``<s> … </s>`` one behind the other, cut into rows: (rows, length + 1) int64."""
-    ids = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, 1)]
-    rows = (len(ids) - 1) // length
-    return torch.tensor([ids[i * length : (i + 1) * length + 1] for i in range(rows)], dtype=torch.int64)
-
-
-def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """Mean −log p of the next token over (B, length + 1) rows; products in bfloat16, weights and sums in float32."""
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """Sum of −log p over the tokens that carry loss; products in bfloat16, weights and sums in float32."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(rows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        return label_loss(model, batch)
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, batches: list[Batch]) -> float:
+    """Mean −log p of the tokens that carry loss."""
+    return sum(float(loss_of(model, batch)) for batch in batches) / sum(batch.label_tokens for batch in batches)
 
 
 def draw_curve(curve: list[dict[str, Any]], path: Path) -> None:
@@ -139,10 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--documents", type=int, default=120_000, help="training documents; each is seen once an epoch")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=8, help="rows per step")
-    parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--steps", type=int, default=4600, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=16, help="documents per step; each is seen once")
     parser.add_argument("--vocab", type=int, default=3072, help="tokenizer entries")
     parser.add_argument("--lr", type=float, default=6e-3, help="peak rate of the blocks; half of it for the rest")
     parser.add_argument("--seed", type=int, default=0)
@@ -151,15 +150,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     # The held-out documents come from another seed and are compared, so that none was trained on.
-    texts = list(documents(seed=args.seed, n=args.documents))
-    seen = set(texts)
-    held_out = [text for text in itertools.islice(documents(seed=args.seed + 1, n=3000), 3000) if text not in seen][:2000]
-    tokenizer = train_tokenizer(texts[:20_000], args.vocab, args.out)
-    rows, held_rows = packed(tokenizer, texts, args.length), packed(tokenizer, held_out, args.length)
-    print(f"{len(texts):,} documents, {rows.shape[0] * args.length:,} tokens, {len(held_out):,} held out, "
-          f"{time.perf_counter() - started:.0f} s", flush=True)
+    texts = list(documents(seed=args.seed, n=args.steps * args.batch))
+    seen = {text.text for text in texts}
+    held_out = [text for text in documents(seed=args.seed + 1, n=3000) if text.text not in seen][:2000]
+    train_tokenizer([text.text for text in texts[:20_000]], args.vocab, args.out)
+    tokenizer = read_tokenizer(args.out)
+    examples, held = encode_documents(tokenizer, texts), encode_documents(tokenizer, held_out)
+    held_batches = [collate(part, PAD_ID) for part in (held[at : at + args.batch] for at in range(0, len(held), args.batch))]
+    tokens = sum(len(example.input_ids) for example in examples)
+    print(f"{len(texts):,} documents, {tokens:,} tokens, {len(held_out):,} held out, {time.perf_counter() - started:.0f} s",
+          flush=True)
 
-    config = {**CONFIG, "vocab_size": tokenizer.get_vocab_size()}
+    config = {**CONFIG, "vocab_size": tokenizer.vocab_size}
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model = LlamaForCausalLM(LlamaConfig.from_dict(config))
     model.init_weights(torch.Generator().manual_seed(args.seed))
@@ -169,33 +171,31 @@ def main() -> None:
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(blocks, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         AdamW(rest, lr=args.lr / 2, betas=(0.9, 0.95))]
-    order = torch.cat([torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch))
-                       for epoch in range(math.ceil(args.steps * args.batch / len(rows)))])
-    curve = []
+    curve, training_started, tokens_done = [], time.perf_counter(), 0
     model.train()
-    for step in range(1, args.steps + 1):
+    for step, [rows] in enumerate(epoch_batches([len(e.input_ids) for e in examples], args.batch, 1, args.seed, 0), 1):
+        batch = collate([examples[row] for row in rows], PAD_ID)
         share = learning_rate(step, args.steps, 1.0, warmup=0.02)
         for optimizer, peak in zip(optimizers, (args.lr, args.lr / 2), strict=True):
             optimizer.param_groups[0]["lr"] = share * peak
-        loss = loss_of(model, rows[order[(step - 1) * args.batch : step * args.batch]])
+        loss = loss_of(model, batch) / batch.label_tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        tokens_done += int(batch.attention_mask.sum())
         if step % 50 == 0 or step == args.steps:
-            with torch.no_grad():
-                held = sum(float(loss_of(model, part)) for part in held_rows[:64].split(8)) / 8 if step % 250 == 0 else None
+            held = held_out_loss(model, held_batches[:20]) if step % 250 == 0 else None
             curve.append({"step": step, "loss": round(loss.item(), 4), "held_out_loss": held and round(held, 4)})
-            rate = step * args.batch * args.length / (time.perf_counter() - started)
+            rate = tokens_done / (time.perf_counter() - training_started)
             also = f" held out {held:.4f}" if held else ""
             print(f"step {step}/{args.steps} loss {loss.item():.4f}{also} {rate:,.0f} tokens/s", flush=True)
             if step % 500 == 0 or step == args.steps:
                 save(model, args.out)
-    with torch.no_grad():
-        held = sum(float(loss_of(model, part)) * len(part) for part in held_rows.split(8)) / len(held_rows)
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), "documents": len(texts),
-             "tokens": rows.shape[0] * args.length, "tokens_seen": args.steps * args.batch * args.length,
+    held = held_out_loss(model, held_batches)
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "documents": len(texts), "tokens": tokens,
+             "tokens_with_loss": sum(label != IGNORED for example in examples for label in example.labels),
              "held_out_documents": len(held_out), "held_out_loss": round(held, 4),
              "held_out_perplexity": round(math.exp(held), 3), "seconds": round(time.perf_counter() - started),
              "arguments": {k: v for k, v in vars(args).items() if k != "out"}, "curve": curve}

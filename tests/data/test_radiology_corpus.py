@@ -7,20 +7,23 @@ from random import Random
 
 import pytest
 
+from minilora import load_tokenizer
+from minilora.data.prompts import IGNORED
 from minilora.data.radiology import PROTOCOLS, RULES, generate, labels
 from minilora.data.radiology import corpus as corpus_module
 from minilora.data.radiology.cases import Case
-from minilora.data.radiology.corpus import documents, summary
+from minilora.data.radiology.corpus import Document, documents, encode_documents, summary
 from minilora.data.radiology.draw import draw_case
-from minilora.data.radiology.glossary import MEANINGS, NORMAL
+from minilora.data.radiology.families import families
+from minilora.data.radiology.glossary import MEANINGS, NORMAL, REASONS
 from minilora.data.radiology.indications import BY_KEY, INDICATIONS
-from minilora.data.radiology.notes import families, is_worked_example, write
+from minilora.data.radiology.notes import is_worked_example, write
 from minilora.data.radiology.rules import protocol_for
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return list(documents(seed=0, n=6000))
+    return [document.text for document in documents(seed=0, n=6000)]
 
 
 def _kind(text: str) -> str:
@@ -64,7 +67,7 @@ def test_no_held_out_note_and_no_worked_example_stands_in_the_corpus(texts: list
     assert not any(is_worked_example(text) for text in texts)
 
 
-def test_the_mixture_is_three_fifths_summaries(texts: list[str]) -> None:
+def test_four_fifths_are_notes(texts: list[str]) -> None:
     kinds = Counter(_kind(text) for text in texts)
     assert 0.77 < kinds["note"] / len(texts) < 0.83
     assert 0.08 < kinds["definitions"] / len(texts) < 0.12 and 0.08 < kinds["findings"] / len(texts) < 0.12
@@ -73,6 +76,39 @@ def test_the_mixture_is_three_fifths_summaries(texts: list[str]) -> None:
 def test_the_same_seed_gives_the_same_documents_and_the_first_do_not_depend_on_how_many() -> None:
     assert list(documents(3, 40)) == list(documents(3, 60))[:40]
     assert list(documents(3, 40)) != list(documents(4, 40))
+
+
+def test_a_note_that_is_read_is_given_and_every_other_document_is_told() -> None:
+    given = told = 0
+    for document in documents(seed=2, n=2000):
+        if document.given:
+            given += 1
+            assert document.given.startswith("Note: ") and document.told.startswith("\n")
+            for line in document.told.strip().split("\n"):
+                assert re.match(r"(Gist|In short|It says|Summary): |[A-Z][^?]*\? ", line) and line.endswith("."), line
+        else:
+            told += 1
+    assert 0.66 < given / (given + told) < 0.74
+
+
+def test_only_what_is_told_carries_loss() -> None:
+    tokenizer = load_tokenizer("tiny")
+    texts = [Document("Note: r/o PE", "\nGist: clot."), Document("", "CT means computed tomography.")]
+    read, told = encode_documents(tokenizer, texts)
+    note = tokenizer.encode("Note: r/o PE")
+    assert read.input_ids[: len(note)] == note and read.labels[: len(note)] == [IGNORED] * len(note)
+    assert read.labels[len(note) :] == read.input_ids[len(note) :] == [*tokenizer.encode("\nGist: clot.", bos=False), 1]
+    assert told.labels == [IGNORED, *told.input_ids[1:]] and told.input_ids[0] == tokenizer.bos_id
+
+
+def test_the_gist_names_what_the_rules_looked_at_and_nothing_else() -> None:
+    random = Random(5)
+    for _ in range(1000):
+        case = draw_case(random)
+        fired = protocol_for(case)[1]
+        changes = summary(case, write(case, random.choice(families("train")), random))["changes"]
+        assert changes == (" and ".join(REASONS[rule] for rule in fired) if fired else "nothing")
+    assert set(REASONS) == {rule.id for rule in RULES}
 
 
 def test_documents_are_short_enough_to_pack(texts: list[str]) -> None:

@@ -1,36 +1,70 @@
-"""Unlabelled text to pretrain on: notes, notes with a plain summary, definitions, findings.
+"""Unlabelled text to pretrain on: notes, notes read in plain words, definitions, findings.
 
-    60 %  a note of a train family (or of a corpus-only family), then what it says in plain words, as sentences or as
-          questions with answers: what is asked, kidneys, allergies, implant, pregnancy, and what each of them forbids
-    20 %  a note alone          10 %  definitions          10 %  findings
+    70 %  a note of a train family (or of a corpus-only family), then what it says in plain words: most often the gist (what
+          is looked for, and what changes the plan), then questions with answers: what is asked, kidneys, allergies,
+          implant, pregnancy, and what each of them forbids
+    10 %  a note alone          10 %  definitions          10 %  findings
 
-No document holds both a note (or its summary) and the name of a protocol, so which protocol a note asks for is left to
+No document holds both a note (or what it says) and the name of a protocol, so which protocol a note asks for is left to
 fine-tuning; the names stand in definitions only, without any note.  Families of val and test never occur.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
+from minilora.data.prompts import IGNORED, Example
 from minilora.data.radiology.cases import Case
 from minilora.data.radiology.draw import draw_case
-from minilora.data.radiology.glossary import ABBREVIATIONS, MEANINGS, NORMAL, TERMS
+from minilora.data.radiology.families import families
+from minilora.data.radiology.glossary import ABBREVIATIONS, MEANINGS, NORMAL, REASONS, TERMS
 from minilora.data.radiology.indications import BY_KEY, INDICATIONS
-from minilora.data.radiology.notes import Written, families, write
+from minilora.data.radiology.notes import Written, write
 from minilora.data.radiology.phrases import THINNERS, is_task
 from minilora.data.radiology.protocols import PROTOCOLS
-from minilora.data.radiology.rules import CHANGES_NOTHING, RULES
+from minilora.data.radiology.rules import CHANGES_NOTHING, RULES, protocol_for
 
-KINDS, SHARES = ("summary", "note", "definitions", "findings"), (60, 20, 10, 10)
+if TYPE_CHECKING:
+    from minilora.llama.tokenizer import Tokenizer
+
+KINDS, SHARES = ("reading", "note", "definitions", "findings"), (70, 10, 10, 10)
+GIST_SHARE = 0.75        # of the readings
 _FAMILIES = families("train") + families("corpus")
 
 
-def documents(seed: int = 0, n: int = 90_000) -> Iterator[str]:
+class Document(NamedTuple):
+    """A text in two parts: `given` is to be read only, `told` carries the loss; where nothing is given, all of it does."""
+
+    given: str
+    told: str
+
+    @property
+    def text(self) -> str:
+        """The whole document."""
+        return self.given + self.told
+
+
+def documents(seed: int = 0, n: int = 90_000) -> Iterator[Document]:
     """Yield `n` documents of about 30 to 160 words; the same seed gives the same documents."""
     random = Random(f"minilora corpus {seed}")
-    writers = {"summary": _summarized, "note": _bare_note, "definitions": _definitions, "findings": _findings}
+    writers = {"reading": _reading, "note": _bare_note, "definitions": _definitions, "findings": _findings}
     for _ in range(n):
         yield writers[random.choices(KINDS, SHARES)[0]](random)
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[Document]) -> list[Example]:
+    """Each document as BOS, given, told, EOS; what is given carries no loss.
+
+    Raises: ValueError: the tokenizer has no end token.
+    """
+    if tokenizer.eos_id is None:
+        raise ValueError("the tokenizer has no end token")
+    made = []
+    for row, text in enumerate(texts):
+        given, told = tokenizer.encode(text.given, bos=True), [*tokenizer.encode(text.told, bos=False), tokenizer.eos_id]
+        made.append(Example([*given, *told], [IGNORED] * len(given) + told, row))
+    return made
 
 
 def _draw(random: Random) -> tuple[Case, Written]:
@@ -38,25 +72,20 @@ def _draw(random: Random) -> tuple[Case, Written]:
     return case, write(case, random.choice(_FAMILIES), random)
 
 
-def _bare_note(random: Random) -> str:
-    return "\n".join(f"Note: {_draw(random)[1].note}" for _ in range(random.choice((1, 2))))
+def _bare_note(random: Random) -> Document:
+    return Document("", "\n".join(f"Note: {_draw(random)[1].note}" for _ in range(random.choice((1, 2)))))
 
 
-def _summarized(random: Random) -> str:
+def _reading(random: Random) -> Document:
     case, written = _draw(random)
-    lines = summary(case, written)
-    # What the order asks and what is forbidden comes first as often as not, then the rest in any order.
-    rest = list(lines)
-    random.shuffle(rest)
-    style = random.random()
-    if style < 0.6:
-        keys = rest[: random.randint(6, len(rest))]
-        if random.random() < 0.5:
-            keys = ["asked", "meaning", *(key for key in keys if key not in ("asked", "meaning"))]
-        said = " ".join(f"{key[0].upper()}{key[1:]}: {lines[key]}." for key in keys)
-        return f"Note: {written.note}\n{random.choice(('Summary', 'In short', 'It says'))}: {said}"
-    keys = rest[: random.randint(4, 8)]
-    return "\n".join([f"Note: {written.note}", *(f"{QUESTIONS[key][random.randrange(2)]} {lines[key]}." for key in keys)])
+    answers = summary(case, written)
+    lines = []
+    if random.random() < GIST_SHARE:
+        said = f"{answers['meaning']}; {answers['changes']}"
+        lines.append(f"{random.choice(('Gist', 'In short', 'It says', 'Summary'))}: {said}.")
+    for key in random.sample(list(answers), random.randint(5, 9)):
+        lines.append(f"{random.choice(QUESTIONS[key])} {answers[key]}.")
+    return Document(f"Note: {written.note}", "".join(f"\n{line}" for line in lines))
 
 
 QUESTIONS: dict[str, tuple[str, str]] = {
@@ -70,20 +99,24 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "blood thinner": ("Which blood thinner?", "On a blood thinner?"), "past": ("What is known from before?",
         "What else is known?"),
     "special": ("Anything special?", "What stands out?"),
+    "helps": ("Which contrast shows it best?", "What dye would help?"),
+    "changes": ("What changes the plan?", "Does anything change the plan?"),
 }
 
 
 def summary(case: Case, written: Written) -> dict[str, str]:
     """What a note says, in plain words, by topic; only what stands in the note is told."""
+    protocol = PROTOCOLS[BY_KEY[case.question].protocol]
     return {
-        "asked": written.asked, "meaning": MEANINGS[case.question],
-        "region": PROTOCOLS[BY_KEY[case.question].protocol].region,
+        "asked": written.asked, "meaning": MEANINGS[case.question], "region": protocol.region,
         "kidneys": _kidneys(case), "iodinated contrast": _iodine(case), "gadolinium": _gadolinium(case),
         "magnet": _magnet(case),
         "pregnancy": _pregnancy(case, written),
         "allergies": ", ".join(written.facts["alg"]) or "not mentioned",
         "blood thinner": ", ".join(drug for drug in written.facts["meds"] if drug in THINNERS) or "none",
         "past": ", ".join(written.facts["hx"]) or "nothing", "special": _special(case, written),
+        "helps": {"iodine": "iodinated contrast", "none": "none"}.get(protocol.contrast, protocol.contrast),
+        "changes": " and ".join(REASONS[rule] for rule in protocol_for(case)[1]) or "nothing",
     }
 
 
@@ -150,7 +183,7 @@ def _special(case: Case, written: Written) -> str:
     return ", ".join(found) or "nothing"
 
 
-def _definitions(random: Random) -> str:
+def _definitions(random: Random) -> Document:
     """Terms and what they mean; protocol names may stand here, since no note does."""
     lines = []
     for _ in range(random.randint(4, 8)):
@@ -176,10 +209,10 @@ def _definitions(random: Random) -> str:
                                         f"{protocol.name}: region {protocol.region}; {contrast}.")))
         else:
             lines.append(random.choice((*(rule.reason for rule in RULES), *CHANGES_NOTHING.values())))
-    return "\n".join(lines)
+    return Document("", "\n".join(lines))
 
 
-def _findings(random: Random) -> str:
+def _findings(random: Random) -> Document:
     """The text of a short report."""
     indication = random.choice(INDICATIONS)
     phrase, region = random.choice(indication.phrases), PROTOCOLS[indication.protocol].region
@@ -191,6 +224,6 @@ def _findings(random: Random) -> str:
         verdict = random.choice((f"Findings fit {phrase}.", f"No sign of {phrase}.",
                                  f"{phrase[0].upper()}{phrase[1:]} is confirmed.",
                                  f"{phrase[0].upper()}{phrase[1:]} cannot be excluded.", f"Most likely {phrase}."))
-    return (f"Report. Region: {region}. Clinical: {random.choice(indication.signs)}. Asked: {phrase}, that is "
-            f"{MEANINGS[indication.key]}.\n"
-            f"Findings: {' '.join(normal[: random.randint(2, len(normal))])}\nImpression: {verdict}")
+    return Document("", f"Report. Region: {region}. Clinical: {random.choice(indication.signs)}. Asked: {phrase}, that is "
+                        f"{MEANINGS[indication.key]}.\n"
+                        f"Findings: {' '.join(normal[: random.randint(2, len(normal))])}\nImpression: {verdict}")

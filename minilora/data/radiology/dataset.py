@@ -8,7 +8,8 @@ from random import Random
 
 from minilora.data.radiology.cases import Case
 from minilora.data.radiology.draw import draw_case
-from minilora.data.radiology.notes import families, write_note
+from minilora.data.radiology.families import families
+from minilora.data.radiology.notes import write_note
 from minilora.data.radiology.protocols import PROTOCOLS
 from minilora.data.radiology.rules import protocol_for
 from minilora.errors import ConfigError

@@ -38,6 +38,13 @@ MEANINGS: dict[str, str] = {
     "ankle": "broken or sprained ankle", "wrist": "broken wrist or hand bone", "hip": "broken or worn hip",
     "bonemets": "cancer or stress injury in the bones",
 }
+# What a rule looks at, in plain words (ids of rules.py); never what is done instead.
+REASONS: dict[str, str] = {
+    "child-appendicitis": "a child", "low-risk-d-dimer": "embolism is ruled out",
+    "back-pain-red-flag": "red flag for infection or tumor", "pregnancy": "pregnant",
+    "mr-unsafe-implant": "implant or metal is MR unsafe", "gadolinium-allergy": "severe allergy to gadolinium",
+    "kidney": "eGFR is under 30", "iodine-allergy": "severe allergy to iodinated contrast",
+}
 ABBREVIATIONS: dict[str, str] = {
     "r/o": "rule out", "c/f": "concern for", "s/p": "status post, that is after", "h/o": "history of", "hx": "history",
     "Hx": "history",
