@@ -63,7 +63,7 @@ def _answer_flags(parser: argparse.ArgumentParser) -> None:
     among = parser.add_mutually_exclusive_group()
     among.add_argument("--labels", help="file with one label a line (default: the run's labels.txt)")
     among.add_argument("--free", action="store_true", help="write freely instead of choosing a label")
-    parser.add_argument("--template", help="prompt: note, inst, or a text file with one {input} (default: the run's)")
+    parser.add_argument("--template", help="prompt: note, inst, tiny, or a text file with one {input} (default: the run's)")
     parser.add_argument("--quantize", choices=("auto", "nf4", "none"), default="auto",
                         help="how to store the base; auto is as in training, or nf4 without an adapter")
     parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")
@@ -140,6 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
                           "original: the unquantized base, which training never saw")
     sub.add_argument("--out", required=True, help="folder to create")
     _out_flags(sub)
+
+    sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
+    sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
     return parser
 
 
@@ -213,6 +216,23 @@ def _predict(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from minilora.convert import merge_folder
     print(merge_folder(args.model, args.adapter, args.out, args.into, args.device, args.pad_vocab, args.overwrite, args.quiet))
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from minilora.audit import audit, format_claim
+    from minilora.files import check_output, write_json
+    if args.json:
+        check_output(args.json, overwrite=True)
+    claims = []
+    for claim in audit():
+        claims.append(claim)
+        print(format_claim(claim), flush=True)
+    if args.json:
+        write_json(args.json, [dataclasses.asdict(claim) for claim in claims])
+    failed = sum(not claim.ok for claim in claims)
+    if failed:
+        raise MiniloraError(f"{failed} of {len(claims)} claims do not hold here")
+    print(f"all {len(claims)} claims hold")
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -81,9 +81,12 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
     dense = into == "original" or trained_on is None
     how = trained_on or Quantization()
     # 16-bit arithmetic plays no part here: weights are merged in float32 and rounded once, to the base's own type.
-    dtype = torch.float16 if "float16" in (raw.get("torch_dtype"), raw.get("dtype")) else torch.bfloat16
+    stored = {raw.get("torch_dtype"), raw.get("dtype")}
+    dtype = torch.float16 if "float16" in stored else torch.bfloat16
+    # Trap: training quantized what the file holds; a float32 base rounded to 16 bits first would be measured as another one.
+    wide = into == "original" and not stored & {"float16", "bfloat16"}
     loaded = load_model(folder, quantize=None if dense else "nf4", double_quant=how.double_quant, blocksize=how.blocksize,
-                        dtype=dtype, device=on, pad_vocab=pad_vocab, progress=not quiet)
+                        dtype=torch.float32 if wide else dtype, device=on, pad_vocab=pad_vocab, progress=not quiet)
     with warnings.catch_warnings():
         if into == "original":
             warnings.simplefilter("ignore", UserWarning)    # that the base differs is the point, and is measured below
@@ -93,7 +96,10 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
         def measured(name: str, error: MergeError) -> None:
             errors.append(error)
             progress.update()
-        merge_lora(loaded, "4bit" if into == "4bit" else "16bit", trained_on=trained_on if dense else None, on_layer=measured)
+        merge_lora(loaded, "4bit" if into == "4bit" else "16bit", dtype=dtype, trained_on=trained_on if dense else None,
+                   on_layer=measured)
+    if wide:
+        loaded.to(dtype)        # embeddings, norms and head
     with new_folder(out, overwrite, MARKER) as temporary:
         if into == "4bit":
             save_quantized(loaded, temporary)

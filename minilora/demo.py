@@ -22,9 +22,9 @@ from minilora.predict import Predictor
 from minilora.score import predict_all, score_predictions
 from minilora.train import train
 
-NOTES = 10_000
+NOTES = 20_000
 SETTINGS: dict[str, Any] = {"model": "tiny", "input_column": "note", "label_column": "label", "max_length": 256,
-                            "epochs": 1, "batch_size": 16, "lr": 2e-3}
+                            "template": "tiny", "epochs": 1, "batch_size": 16, "lr": 2e-3}
 EXPECTED = "CT Abdomen W Contrast"
 
 
@@ -58,7 +58,8 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
 
     print("2. The base model, before: a small Llama that has read notes, but never which protocol one asks for")
     write_labels(out / "data" / "labels.txt", labels())
-    base = Predictor.load("tiny", labels=out / "data" / "labels.txt")
+    base = Predictor.load("tiny", labels=out / "data" / "labels.txt", template=SETTINGS["template"],
+                          max_length=SETTINGS["max_length"])
     layers = [module for module in base.model.modules() if isinstance(module, NF4Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     packed = sum(layer.quantized.nbytes for layer in layers)

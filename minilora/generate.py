@@ -77,7 +77,7 @@ def generate(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[st
 
 def generate_ids(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str] | Sequence[Sequence[int]],
                  max_new_tokens: int = 32, batch_size: int = 16) -> list[list[int]]:
-    """Continue prompts greedily; the token ids of each answer without the end token.
+    """Continue prompts greedily; the token ids of each answer without its end token (see `end_tokens`).
 
     Args: as `generate`.
     Raises:
@@ -94,16 +94,24 @@ def generate_ids(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequenc
     check_prompts(ids, model, max_new_tokens)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))      # alike in length: little padding
     answers: list[list[int]] = [[] for _ in ids]
+    ends = end_tokens(model, tokenizer)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            written = _decode_batch(model, [ids[index] for index in indices], tokenizer.eos_id, max_new_tokens)
+            written = _decode_batch(model, [ids[index] for index in indices], ends, max_new_tokens)
             for index, answer in zip(indices, written, strict=True):
                 answers[index] = answer
     return answers
 
 
-def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], eos_id: int | None,
+def end_tokens(model: LlamaForCausalLM, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's end token, and those of config.json (Llama 3 names several)."""
+    named = model.config.raw.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (tokenizer.eos_id, *ids) if type(token) is int)
+
+
+def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], ends: frozenset[int],
                   max_new_tokens: int) -> list[list[int]]:
     batch, longest = len(prompts), max(map(len, prompts))
     input_ids = torch.zeros(batch, longest, dtype=torch.int64)                             # (B, P)
@@ -120,7 +128,7 @@ def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], eos_id: int
         seen = None if mask is None else mask[:, : cache.length + input_ids.shape[1]]
         tokens = model(input_ids, seen, cache=cache, last_only=True)[:, -1].argmax(-1)     # (B,)
         for row, token in enumerate(tokens.tolist()):
-            running[row] = running[row] and token != eos_id
+            running[row] = running[row] and token not in ends
             if running[row]:
                 answers[row].append(token)
         if not any(running):

@@ -90,11 +90,14 @@ def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     Position t predicts token t + 1, so labels are shifted by one against the hidden states.  No attention mask: `collate`
     pads on the right, where a causal model's earlier positions don't look, and padding carries no loss.
     """
-    hidden = model.hidden(batch.input_ids)                                                 # (B, T, hidden)
     targets = batch.labels[:, 1:]                                                          # (B, T - 1)
     carries_loss = targets != IGNORED
-    logits = model.lm_head(hidden[:, :-1][carries_loss])                                   # (label tokens, vocab)
-    return F.cross_entropy(logits.float(), targets[carries_loss], reduction="sum")
+    # The last block is needed only where a label token is predicted: L positions a row, those of short labels filled up.
+    longest = int(carries_loss.sum(1).max())
+    at = carries_loss.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]     # (B, L)
+    wanted = carries_loss.gather(1, at)
+    logits = model.lm_head(model.hidden(batch.input_ids, at=at)[wanted])                   # (label tokens, vocab)
+    return F.cross_entropy(logits.float(), targets.gather(1, at)[wanted], reduction="sum")
 
 
 @torch.no_grad()

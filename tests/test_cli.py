@@ -20,12 +20,13 @@ from minilora import TrainConfig, load_model, load_tokenizer, train
 from minilora.cli import build_parser, main
 from minilora.data.tables import read_table
 from minilora.layers.nf4_linear import NF4Linear
+from minilora.layers.qlora import lora_layers
 from minilora.predict import Predictor
 from tests.models import write_model
 from tests.notes import LABELS, SECRET, notes, write_csv
 
 IDS = torch.arange(40)[None]
-COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "predict", "merge")
+COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "predict", "merge", "audit")
 HARD = [("He said: \"no pain\", twice", "CT Brain"), ("Zeile eins\nZeile zwei", "MR Knee, left"), ("", ""),
         ("naïve – 疼痛 🦴", "CT Brain"), ("carriage\r\nreturn", "C-Spine(Bone)"), ("comma, and 'quotes'", "CT Brain")]
 
@@ -552,6 +553,21 @@ def test_a_merged_model_loads_again_and_its_error_is_told(world: Path, tmp_path:
     distance = float((predictor.model(IDS) - trained).norm() / trained.norm())
     assert distance < (0.03 if into == "16bit" else 0.6)
     assert predictor.predict(["fall"])[0].label in LABELS
+
+
+@torch.no_grad()
+def test_merging_into_a_float32_original_rounds_once(world: Path, tmp_path: Path, call: Call) -> None:
+    succeeded(call("merge", "--model", world / "base", "--adapter", world / "run", "--into", "original", "--quiet",
+                   "--out", tmp_path / "merged"))
+    merged, rounded_twice = load_file(tmp_path / "merged" / "model.safetensors"), 0
+    with pytest.warns(UserWarning, match="was trained on a base"):
+        adapted = load_model(world / "base", quantize=None, adapter=world / "run", dtype=torch.float32)
+    for name, layer in lora_layers(adapted):
+        base, update = layer.base_layer.weight, layer.merged_weight() - layer.base_layer.weight
+        assert torch.equal(merged[f"{name}.weight"], layer.merged_weight().bfloat16()), name
+        rounded_twice += not torch.equal(merged[f"{name}.weight"], (base.bfloat16().float() + update).bfloat16())
+    assert rounded_twice > 0, "the test would not see an early rounding"
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
 
 
 def test_a_merge_keeps_the_bases_sixteen_bit_type(world: Path, tmp_path: Path, call: Call) -> None:

@@ -68,6 +68,16 @@ def test_each_row_stops_at_its_own_end_token(small: tuple[LlamaForCausalLM, Toke
     assert generate_ids(model, Ends, PROMPTS, 10, batch_size=6) == expected      # type: ignore[arg-type]
 
 
+def test_every_end_token_of_the_config_ends_an_answer(small: tuple[LlamaForCausalLM, Tokenizer], tmp_path: Path) -> None:
+    model, tokenizer = small
+    free = plain_greedy(model, tokenizer.encode("b"), None, 10)
+    for listed in ([257, free[4]], free[4], [free[4], "x", None, True]):
+        folder = write_model(tmp_path / str(listed)[:8], std=0.3, eos_token_id=listed)
+        other = load_checkpoint(folder, quantize=None, dtype=torch.float32)
+        assert generate_ids(other, tokenizer, ["b"], 10) == [free[: free.index(free[4])]], listed
+    assert free[: free.index(free[4])] != free
+
+
 def test_text_and_its_ids_give_the_same_answer(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
     model, tokenizer = small
     ids = [tokenizer.encode(prompt) for prompt in PROMPTS]

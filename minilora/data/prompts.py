@@ -64,6 +64,7 @@ class Template:
 TEMPLATES: dict[str, Template] = {
     "note": Template("note", "Note: {input}\nLabel:"),
     "inst": Template("inst", "[INST] {input} [/INST]"),
+    "tiny": Template("tiny", "Note: {input}\nIn short:"),      # how the small model's pretraining text begins a reading
 }
 DEFAULT_TEMPLATE = "note"
 

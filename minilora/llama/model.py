@@ -39,6 +39,11 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """Rows of each sequence: x (B, T, d), at (B, L) int64 -> (B, L, d)."""
+    return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
 class LlamaAttention(nn.Module):
     """Grouped-query attention with rotary positions; query head h reads key/value head h // (H / Hkv)."""
 
@@ -51,13 +56,23 @@ class LlamaAttention(nn.Module):
         self.v_proj = _linear(shapes["v_proj"], qkv_bias)
         self.o_proj = _linear(shapes["o_proj"], config.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x: (B, T, hidden); mask: bool (B, 1, T, S), True = may attend, or None = causal -> (B, T, hidden)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None,
+                at: Tensor | None = None) -> Tensor:
+        """x: (B, T, hidden); mask: bool (B, 1, T, S), True = may attend, or None = causal -> (B, T, hidden).
+
+        With `at`, (B, L) positions, queries are made there alone -> (B, L, hidden).
+        """
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)          # (B, H, T, d)
+        asking = x if at is None else take(x, at)
+        q = self.q_proj(asking).view(batch, asking.shape[1], -1, self.head_dim).transpose(1, 2)    # (B, H, T or L, d)
         k = self.k_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)          # (B, Hkv, T, d)
         v = self.v_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k = rotate(k, cos, sin)
+        if at is not None:
+            cos, sin = take(cos[:, 0], at)[:, None], take(sin[:, 0], at)[:, None]          # (B, 1, L, d)
+            mask = torch.arange(length, device=x.device) <= at[:, None, :, None] if mask is None else \
+                take(mask.expand(batch, -1, -1, -1)[:, 0], at)[:, None]                    # (B, 1, L, T)
+        q = rotate(q, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
         shared = q.shape[1] != k.shape[1]
@@ -66,7 +81,7 @@ class LlamaAttention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
                                                   enable_gqa=shared)
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1).to(x.dtype))
+        return self.o_proj(attended.transpose(1, 2).reshape(*asking.shape[:2], -1).to(x.dtype))
 
 
 class LlamaMLP(nn.Module):
@@ -94,9 +109,10 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None,
+                at: Tensor | None = None) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden), or (B, L, hidden) at the positions `at`."""
+        x = (x if at is None else take(x, at)) + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, at)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -151,7 +167,7 @@ class LlamaForCausalLM(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-               cache: KVCache | None = None) -> Tensor:
+               cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
@@ -160,8 +176,10 @@ class LlamaForCausalLM(nn.Module):
                 (B, 1, T, S), True = may attend, used as it is (tree decoding).
             position_ids: (B, T); default the count of real tokens before each.
             cache: keys and values of earlier tokens; this call's are appended.
+            at: (B, L) int64, the columns of input_ids whose states are wanted, where not all are: the last block then makes
+                queries and its MLP there alone.  Not with a cache.
 
-        Returns: (B, T, hidden).
+        Returns: (B, T, hidden), or (B, L, hidden).
         Raises:
             ConfigError: shapes or types don't fit, or the cache is full.
             CheckpointError: a token id outside the embedding table (looked for on the CPU only: on a GPU the question
@@ -177,16 +195,19 @@ class LlamaForCausalLM(nn.Module):
                 position_ids = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)[:, past:]
             else:
                 position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
+        if at is not None and (cache is not None or at.dim() != 2 or at.shape[0] != batch):
+            raise ConfigError(f"at must be an int64 tensor ({batch}, positions), without a cache, not {tuple(at.shape)}")
         masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
         x = self.model.embed_tokens(input_ids)                                             # (B, T, hidden)
         cos, sin = rotation(position_ids, inverse_frequencies(self.config, x.device), x.dtype)
         recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
-        for layer, mask in zip(self.model.layers, masks, strict=True):
+        for index, (layer, mask) in enumerate(zip(self.model.layers, masks, strict=True)):
+            wanted = at if index == len(masks) - 1 else None
             # Trap: reentrant checkpointing trains nothing when its inputs are frozen (LoRA over frozen embeddings).
             if recompute:
-                x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, None, wanted, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, cos, sin, mask, cache, wanted)
         if cache is not None:
             cache.advance(length)
         return self.model.norm(x)

@@ -15,7 +15,7 @@ from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.masks import attention_masks
-from minilora.llama.model import LlamaForCausalLM, RMSNorm
+from minilora.llama.model import LlamaForCausalLM, RMSNorm, take
 from minilora.llama.rotary import inverse_frequencies, rotate, rotation
 
 TINY: dict[str, Any] = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
@@ -295,6 +295,47 @@ def test_last_only_is_the_last_position_and_hidden_feeds_the_head() -> None:
     assert full.shape == (2, 5, 61) and model.hidden(tokens).shape == (2, 5, 32)
     same(model(tokens, last_only=True), full[:, -1:])
     same(model.lm_head(model.hidden(tokens)), full)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mask", [None, "left", "right"])
+@pytest.mark.parametrize("changes", [{}, WINDOWED, {"num_key_value_heads": 4, "attention_bias": True}], ids=str)
+def test_states_at_some_positions_are_those_of_a_full_forward(changes: dict[str, Any], mask: str | None,
+                                                              recompute: bool) -> None:
+    model, tokens = make(**changes).train(), ids(3, 9)
+    model.gradient_checkpointing = recompute
+    real = torch.ones(3, 9, dtype=torch.int64)
+    if mask is not None:
+        real[1, :4] = 0 if mask == "left" else 1
+        real[1, 5:] = 1 if mask == "left" else 0
+    at = torch.tensor([[8, 2, 2], [5, 4, 8], [0, 7, 3]]) if mask != "right" else torch.tensor([[8, 2, 2], [0, 4, 3], [0, 7, 3]])
+    found: list[list[Tensor]] = []
+    for some in (True, False):
+        model.zero_grad()
+        given = None if mask is None else real
+        states = model.hidden(tokens, given, at=at) if some else take(model.hidden(tokens, given), at)
+        states.square().sum().backward()
+        found.append([states.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 10
+    for here, there in zip(*found, strict=True):
+        same(here, there)
+
+
+def test_positions_that_do_not_fit_are_refused() -> None:
+    model = make()
+    with pytest.raises(ConfigError, match="at must be"):
+        model.hidden(ids(2, 5), at=torch.zeros(3, 1, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="at must be"):
+        model.hidden(ids(2, 5), cache=cached(model, 2, 8), at=torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_training_on_the_cpu_attends_in_float32_and_answers_in_its_own_type() -> None:
+    model, tokens = make().to(torch.bfloat16), ids(2, 9)
+    with torch.no_grad():
+        plain = model(tokens)
+    trained = model(tokens)
+    assert plain.dtype == trained.dtype == torch.bfloat16
+    torch.testing.assert_close(trained.detach().float(), plain.float(), rtol=0, atol=0.03 * float(plain.float().abs().max()))
 
 
 def test_grouped_query_attention_equals_repeated_heads() -> None:

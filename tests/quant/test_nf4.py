@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from minilora import NF4_CODE, NF4Tensor, QuantizationError, quantize_nf4
 from minilora.kernels import reference
 from minilora.quant.codebooks import DYNAMIC_8BIT
-from tests.quant.loops import dequantize_loop, quantize_loop
+from minilora.testing import dequantize as dequantize_loop
+from minilora.testing import quantize as quantize_loop
 
 CODE = NF4_CODE.numpy()
 BOUND = 0.1519036      # half the widest gap, between -1 and -0.696

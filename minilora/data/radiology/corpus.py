@@ -11,6 +11,7 @@ fine-tuning; the names stand in definitions only, without any note.  Families of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,12 +46,20 @@ class Document(NamedTuple):
         return self.given + self.told
 
 
-def documents(seed: int = 0, n: int = 90_000) -> Iterator[Document]:
-    """Yield `n` documents of about 30 to 160 words; the same seed gives the same documents."""
+def documents(seed: int = 0, n: int = 90_000, capitals: float = 0.0) -> Iterator[Document]:
+    """Yield `n` documents of about 30 to 160 words; the same seed gives the same documents.
+
+    Args: capitals: share of the notes put into capitals throughout, beside those whose family already is.
+    """
     random = Random(f"minilora corpus {seed}")
-    writers = {"reading": _reading, "note": _bare_note, "definitions": _definitions, "findings": _findings}
     for _ in range(n):
-        yield writers[random.choices(KINDS, SHARES)[0]](random)
+        kind = random.choices(KINDS, SHARES)[0]
+        if kind == "reading":
+            yield _reading(random, capitals)
+        elif kind == "note":
+            yield _bare_note(random, capitals)
+        else:
+            yield _definitions(random) if kind == "definitions" else _findings(random)
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[Document]) -> list[Example]:
@@ -67,17 +76,20 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[Document]) -> list[Ex
     return made
 
 
-def _draw(random: Random) -> tuple[Case, Written]:
+def _draw(random: Random, capitals: float) -> tuple[Case, Written]:
     case = draw_case(random)
-    return case, write(case, random.choice(_FAMILIES), random)
+    written = write(case, random.choice(_FAMILIES), random)
+    if capitals and random.random() < capitals:
+        written = replace(written, note=written.note.upper())
+    return case, written
 
 
-def _bare_note(random: Random) -> Document:
-    return Document("", "\n".join(f"Note: {_draw(random)[1].note}" for _ in range(random.choice((1, 2)))))
+def _bare_note(random: Random, capitals: float) -> Document:
+    return Document("", "\n".join(f"Note: {_draw(random, capitals)[1].note}" for _ in range(random.choice((1, 2)))))
 
 
-def _reading(random: Random) -> Document:
-    case, written = _draw(random)
+def _reading(random: Random, capitals: float) -> Document:
+    case, written = _draw(random, capitals)
     answers = summary(case, written)
     lines = []
     if random.random() < GIST_SHARE:

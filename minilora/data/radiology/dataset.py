@@ -17,6 +17,7 @@ from minilora.files import new_folder
 
 SPLITS = ("train", "val", "test")
 SMALLEST = 100
+CAPITALS = 0.15     # share of the training notes that come as some ordering systems send them: in capitals throughout
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def generate(n: int = 10_000, seed: int = 0) -> dict[str, list[Example]]:
         while len(rows) < sizes[split]:
             case, family = draw_case(random), random.choice(families(split))
             note = write_note(case, family, random)
+            if split == "train" and random.random() < CAPITALS:
+                note = note.upper()
             key = " ".join(note.casefold().split())
             if key in seen:
                 continue

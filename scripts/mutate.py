@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Break the package on purpose, one line at a time, and see the tests notice.
+
+    python scripts/mutate.py                    # every mutation, some minutes on two cores; exit code 1 if one survives
+    python scripts/mutate.py --only nibble loss # those whose name holds one of the words
+
+Each mutation is a mistake that people make: swapped nibbles, a lost offset, alpha without 1/r, a mask off by one.  It is made
+in a copy of the project, and the tests that guard the line are run there; at least one of them must fail, and fail by its own
+assertion or error, not because the copy cannot be imported.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`before` stands exactly once in `file` and becomes `after`; `tests` are the files that should notice."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+REFERENCE, NF4, CODEBOOKS = "kernels/reference.py", "quant/nf4.py", "quant/codebooks.py"
+LORA, LAYER, MERGE, ADAMW = "layers/lora.py", "layers/nf4_linear.py", "layers/merge.py", "optim/adamw.py"
+MODEL, ROTARY, MASKS, TRAIN = "llama/model.py", "llama/rotary.py", "llama/masks.py", "train.py"
+PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
+QUANT_TESTS, LLAMA_TESTS = "tests/quant tests/test_testing.py",
+"tests/llama/test_model.py tests/peers/test_transformers_logits.py"
+LORA_TESTS, TRAIN_TESTS = "tests/layers tests/test_testing.py", "tests/test_train.py tests/test_testing.py"
+
+MUTATIONS = (
+    Mutation("nibble order when packing", REFERENCE, "codes_n[0::2] << 4 | codes_n[1::2]", "codes_n[1::2] << 4 | codes_n[0::2]",
+             QUANT_TESTS),
+    Mutation("nibble order when unpacking", REFERENCE, "(packed >> 4, packed & 15)", "(packed & 15, packed >> 4)", QUANT_TESTS),
+    Mutation("nibble order when dequantizing", REFERENCE, "(code.repeat_interleave(16), code.repeat(16))",
+             "(code.repeat(16), code.repeat_interleave(16))", QUANT_TESTS),
+    Mutation("a tie goes up", REFERENCE, "out_int32=True, right=False", "out_int32=True, right=True", QUANT_TESTS),
+    Mutation("absmax without abs", REFERENCE, "x_NS.abs().amax(dim=1)", "x_NS.amax(dim=1)", QUANT_TESTS),
+    Mutation("scaling stops early", REFERENCE, "SMALLEST_SCALED_ABSMAX = 1e-38", "SMALLEST_SCALED_ABSMAX = 1e-30", QUANT_TESTS),
+    Mutation("an odd count padded with code 0", NF4, "padding=NF4_ZERO", "padding=0", QUANT_TESTS),
+    Mutation("double quantization without offset", NF4, "quantize_blockwise(absmax - offset,", "quantize_blockwise(absmax,",
+             QUANT_TESTS),
+    Mutation("offset not added back", NF4, "DYNAMIC_8BIT, self.blocksize) + self.offset", "DYNAMIC_8BIT, self.blocksize)",
+             QUANT_TESTS),
+    Mutation("offset is the largest constant", NF4, "offset = absmax.mean()", "offset = absmax.max()", QUANT_TESTS),
+    Mutation("128 constants to a nested block", NF4, "NESTED_BLOCKSIZE = 256", "NESTED_BLOCKSIZE = 128", QUANT_TESTS),
+    Mutation("a wrong level", CODEBOOKS, "0.07958029955625534", "0.0760", QUANT_TESTS),
+    Mutation("the quantiles' offset is 0.9677", CODEBOOKS, "NF4_OFFSET = 0.9677083", "NF4_OFFSET = 0.9677", QUANT_TESTS),
+    Mutation("the dynamic map starts a decade late", CODEBOOKS, "10.0 ** exponent * (", "10.0 ** (exponent - 1) * (",
+                                                                                                                   QUANT_TESTS),
+    Mutation("nested offset not written", BNB, '"nested_offset": weight.nested.offset}', '"nested_offset": 0.0}',
+             "tests/llama/test_bnb_format.py tests/peers/test_bnb_checkpoint.py"),
+    Mutation("scaling is alpha", LORA, "self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)", "self.alpha",
+             LORA_TESTS),
+    Mutation("rsLoRA scales like LoRA", LORA, "math.sqrt(self.r) if self.use_rslora else self.r", "self.r",
+             "tests/layers tests/peers/test_peft.py"),
+    Mutation("B starts like A", LORA, "self.lora_B.weight.zero_()", "nn.init.kaiming_uniform_(self.lora_B.weight)", LORA_TESTS),
+    Mutation("A starts at zero too", LORA, "self.lora_A.weight.copy_(initial)", "self.lora_A.weight.zero_()", LORA_TESTS),
+    Mutation("dropout on the base as well", LORA, "y = self.base_layer(x)",
+             "y = self.base_layer(F.dropout(x, self.dropout, self.training))", LORA_TESTS),
+    Mutation("dropout in evaluation", LORA, "F.dropout(x, self.dropout, self.training)", "F.dropout(x, self.dropout, True)",
+             LORA_TESTS),
+    Mutation("DoRA without normalization", LORA, "rescale = (self.lora_magnitude_vector / norms.clamp(min=SMALLEST_NORM))",
+             "rescale = self.lora_magnitude_vector", "tests/layers tests/peers/test_peft.py"),
+    Mutation("backward through another weight", LAYER, "grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype)",
+             "grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype).abs()", LORA_TESTS),
+    Mutation("a dense copy kept for backward", LAYER, "        ctx.weight = weight\n",
+             "        ctx.weight, ctx.dense = weight, weight.dequantize(x.dtype)\n", "tests/layers"),
+    Mutation("merging subtracts", LORA, ".float() + self.update()\n", ".float() - self.update()\n", LORA_TESTS),
+    Mutation("merge error measured against itself", MERGE, "error, update, kept = (merged - trained).norm()",
+             "error, update, kept = (merged - merged).norm()", "tests/layers/test_merge.py"),
+    Mutation("rotary with the other sign", ROTARY, "torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)",
+             LLAMA_TESTS),
+    Mutation("rotary of interleaved pairs", ROTARY, "first, second = x.chunk(2, dim=-1)",
+             "first, second = x[..., ::2], x[..., 1::2]",
+             LLAMA_TESTS),
+    Mutation("RMSNorm without the mean", MODEL, "x32.square().mean(-1, keepdim=True)", "x32.square().sum(-1, keepdim=True)",
+             LLAMA_TESTS),
+    Mutation("attention sees the future", MODEL, "is_causal=mask is None and length > 1", "is_causal=False", LLAMA_TESTS),
+    Mutation("a window one token wide of the mark", MASKS, "columns > rows - window", "columns >= rows - window", LLAMA_TESTS),
+    Mutation("padding is attended to", MASKS, "visible & attention_mask[:, None, None, :].bool() | (columns == rows)",
+             "visible",
+             LLAMA_TESTS),
+    Mutation("SwiGLU gates with the other half", MODEL, "F.silu(self.gate_proj(x)) * self.up_proj(x)",
+             "self.gate_proj(x) * F.silu(self.up_proj(x))", LLAMA_TESTS),
+    Mutation("loss not shifted", TRAIN, "targets = batch.labels[:, 1:]", "targets = batch.labels[:, :-1]", TRAIN_TESTS),
+    Mutation("mean of micro-batch means", TRAIN, "part = label_loss(model, batch) / label_tokens",
+             "part = label_loss(model, batch) / batch.label_tokens / len(batches)", TRAIN_TESTS),
+    Mutation("loss on the prompt", PROMPTS, "labels=[IGNORED] * len(prompt.input_ids) + answer",
+             "labels=prompt.input_ids + answer", "tests/data tests/test_train.py"),
+    Mutation("no end token", PROMPTS, "return [*tokenizer.encode(label, bos=False), tokenizer.eos_id]",
+             "return [*tokenizer.encode(label, bos=False)]", "tests/data tests/test_trie.py"),
+    Mutation("a begin token before the label", PROMPTS, "return [*tokenizer.encode(label, bos=False), tokenizer.eos_id]",
+             "return [*tokenizer.encode(label, bos=True), tokenizer.eos_id]", "tests/data tests/test_trie.py"),
+    Mutation("padding carries loss", BATCHES, "labels = torch.full_like(input_ids, IGNORED)",
+             "labels = torch.zeros_like(input_ids)",
+             "tests/data tests/test_testing.py"),
+    Mutation("the same order every epoch", BATCHES, "np.random.SeedSequence([seed, epoch])", "np.random.SeedSequence([seed])",
+             "tests/data"),
+    Mutation("decay after the step", ADAMW, "    param.mul_(1 - lr * weight_decay)\n    exp_avg.lerp_(grad, 1 - beta1)\n",
+             "    exp_avg.lerp_(grad, 1 - beta1)\n    param.mul_(1 - lr * weight_decay * lr)\n",
+             "tests/optim tests/test_testing.py"),
+    Mutation("epsilon inside the root's correction", ADAMW, "/ math.sqrt(1 - beta2 ** step)).add_(eps)",
+             ".add_(eps) / math.sqrt(1 - beta2 ** step))", "tests/optim tests/test_testing.py"),
+    Mutation("no bias correction", ADAMW, "step_size = lr / (1 - beta1 ** step)", "step_size = lr",
+             "tests/optim tests/test_testing.py"),
+    Mutation("a cosine that ends at the last step", TRAIN, "/ (total - rising + 1)))", "/ (total - rising)))",
+    "tests/test_train.py"),
+    Mutation("a label wins by its first token", TRIE, "for depth in range(trie.longest):", "for depth in range(1):",
+             "tests/test_trie.py"),
+    Mutation("trie nodes see their siblings", TRIE, "visible = torch.eye(len(nodes), dtype=torch.bool)",
+             "visible = torch.ones(len(nodes), len(nodes), dtype=torch.bool).tril()", "tests/test_trie.py"),
+)
+
+
+def run(mutation: Mutation, work: Path) -> tuple[bool, str]:
+    """Make the mistake in `work`, run the tests there, take it back; whether a test noticed, and the first that did."""
+    path = work / "minilora" / mutation.file
+    source = path.read_text()
+    if source.count(mutation.before) != 1:
+        raise SystemExit(f"{mutation.name}: the line stands {source.count(mutation.before)} times in {mutation.file}")
+    path.write_text(source.replace(mutation.before, mutation.after))
+    try:
+        environment = {**os.environ, "PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1"}
+        imports = subprocess.run([sys.executable, "-c", "import minilora.train, minilora.trie; print(minilora.train.__file__)"],
+                                 cwd=work, env=environment, capture_output=True, text=True, check=False)
+        if imports.returncode or not imports.stdout.startswith(str(work)):
+            raise SystemExit(f"{mutation.name}: the copy cannot be imported: {imports.stderr[-300:]}")
+        tests = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no",
+                                *mutation.tests.split()], cwd=work, env=environment, capture_output=True, text=True,
+                                check=False)
+    finally:
+        path.write_text(source)
+    first = next((line.split(" - ")[0].removeprefix("FAILED ") for line in tests.stdout.splitlines()
+                  if line.startswith("FAILED ")), "")
+    return tests.returncode == 1 and bool(first), first
+
+
+def main() -> int:
+    """Run the mutations and print the score."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="mutations whose name holds one of these")
+    parser.add_argument("--json", type=Path, help="write the results here as well")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not args.only or any(word.lower() in m.name.lower() for word in args.only)]
+    results, started = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for part in ("minilora", "tests", "scripts", "pyproject.toml", "README.md"):
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, work / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, work / part)
+        for mutation in chosen:
+            caught, first = run(mutation, work)
+            results.append({"name": mutation.name, "file": mutation.file, "caught": caught, "first_test": first})
+            print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.name}: {first}", flush=True)
+    caught = sum(bool(result["caught"]) for result in results)
+    print(f"{caught} of {len(results)} mutations caught in {time.perf_counter() - started:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if caught == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
