@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +80,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 # -- quantization -----------------------------------------------------------------------------------------------------
 def codebook() -> Iterator[Claim]:
+    """The sixteen levels, and the nearest of them for every weight."""
     derived = torch.from_numpy(derive_nf4())
     yield _most("the sixteen levels are normal quantiles: largest difference", f"{QLORA}, appendix E", 1.2e-7,
                 float((derived - NF4_CODE.double()).abs().max()))
@@ -101,6 +101,7 @@ def _not_nearest() -> int:
 
 
 def storage() -> Iterator[Claim]:
+    """Bits a weight, and gigabytes of the models of the paper."""
     w = _normal(1024, 1024)
     plain, double = quantize_nf4(w, double_quant=False).bits_per_param, quantize_nf4(w).bits_per_param
     yield _near("bits a weight, float32 constants", f"{QLORA}, section 3", 4.5, plain, 0)
@@ -112,8 +113,7 @@ def storage() -> Iterator[Claim]:
         in_linears = layers * (4 * hidden * hidden + 3 * hidden * inner)
         rest = 2 * 32_000 * hidden + (2 * layers + 1) * hidden
         yield _near(f"billions of parameters of Llama {name}", "arXiv 2302.13971, table 2", billions,
-                    (in_linears + rest) / 1e9, 0.1,
-                    ".2f")
+                    (in_linears + rest) / 1e9, 0.1, ".2f")
         size = (in_linears * double / 8 + 2 * rest) / 1e9
         limit = 48.0 if name == "65B" else 0.3 * 2 * (in_linears + rest) / 1e9
         source = f"{QLORA}, abstract: under 48 GB" if name == "65B" else "this README: under 0.3 of 16 bits"
@@ -121,6 +121,7 @@ def storage() -> Iterator[Claim]:
 
 
 def error() -> Iterator[Claim]:
+    """What four bits cost, against other tables of sixteen."""
     tables = {"NF4": NF4_CODE, "FP4": torch.tensor(sorted(set(FP4))), "INT4": torch.tensor(INT4)}
     model = load_model("tiny", quantize=None, dtype=torch.float32)
     real = [module.weight.detach() for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
@@ -141,19 +142,20 @@ def error() -> Iterator[Claim]:
     yield _most("largest error, of the block's largest weight: half the widest gap", "the codebook", 0.1519037,
                 float(off.max()),
                 ".7f")
-    restored = quantize_nf4(w, double_quant=False).dequantize()
+    back = quantize_nf4(w, double_quant=False).dequantize()
     largest = w.abs().argmax(1, keepdim=True)
     yield _exact("blocks whose largest weight is not exact", "the codebook ends in -1 and 1", 0,
-                 int((restored.gather(1, largest) != w.gather(1, largest)).sum()))
+                 int((back.gather(1, largest) != w.gather(1, largest)).sum()))
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 def low_rank() -> Iterator[Claim]:
+    """How few numbers are trained, and that training starts from the model as it was."""
     with torch.device("meta"):
         layer = LoRALinear(nn.Linear(20_000, 10_000, bias=False), r=8)
     yield _exact("numbers trained for a 10,000 x 20,000 matrix at r = 8", f"{LORA}, section 4.1", 240_000,
                  sum(p.numel() for p in (layer.lora_A.weight, layer.lora_B.weight)))
-    yield _exact("numbers in that matrix", f"{LORA}, section 4.1", 200_000_000, prod(layer.base_layer.weight.shape))
+    yield _exact("numbers in that matrix", f"{LORA}, section 4.1", 200_000_000, layer.in_features * layer.out_features)
     hidden, layers, inner, _ = SHAPES["7B"]
     sizes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
     yield _near("millions trained on all seven linears of 7B at r = 64", "arithmetic", 159.9,
@@ -167,6 +169,7 @@ def low_rank() -> Iterator[Claim]:
 
 
 def gradient() -> Iterator[Claim]:
+    """Back-propagation through a frozen weight."""
     layer = NF4Linear.from_linear(nn.Linear(96, 64))
     x = _normal(3, 96).double().requires_grad_()
     pull = _normal(3, 64, seed=1).double()
@@ -184,7 +187,7 @@ def gradient() -> Iterator[Claim]:
 
 
 def merging() -> Iterator[Claim]:
-    """MYTHS in figures: an update of a tenth of the weights' spread, merged in three ways."""
+    """What each way of merging keeps of an update that is small, or not, beside the weights."""
     for strength, kept in ((0.01, 0.04), (0.1, 0.74), (1.0, 0.99)):
         found = _merge_error(strength, "4bit")
         yield _near(f"cosine with what was learnt after merging into 4 bits, update {strength:.0%} of the spread",
@@ -200,19 +203,20 @@ def _merge_error(strength: float, into: str) -> MergeError:
     base = nn.Linear(1024, 1024, bias=False)
     with torch.no_grad():
         base.weight.copy_(_normal(1024, 1024))
-    model = nn.ModuleDict({"q_proj": LoRALinear(base if into == "original" else NF4Linear.from_linear(base), r=16, alpha=16)})
-    layer = model["q_proj"]
+    layer = LoRALinear(base if into == "original" else NF4Linear.from_linear(base), r=16, alpha=16)
     with torch.no_grad():
         layer.lora_A.weight.copy_(_normal(16, 1024, seed=1))
         layer.lora_B.weight.copy_(_normal(1024, 16, seed=2) * strength / 4)       # 16 products: a spread of `strength`
     errors: list[MergeError] = []
-    merge_lora(model, "4bit" if into == "4bit" else "16bit", dtype=torch.bfloat16 if into == "16bit" else torch.float32,
+    merge_lora(nn.ModuleDict({"q_proj": layer}), "4bit" if into == "4bit" else "16bit",
+               dtype=torch.bfloat16 if into == "16bit" else torch.float32,
                trained_on=Quantization() if into == "original" else None, on_layer=lambda _, error: errors.append(error))
     return errors[0]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 def optimizer() -> Iterator[Claim]:
+    """AdamW, bit for bit."""
     ours, theirs = (nn.Parameter(_normal(1000)) for _ in range(2))
     steppers = (AdamW([ours], lr=1e-2, weight_decay=0.1),
                 torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, foreach=False, fused=False))
@@ -232,6 +236,7 @@ def _random_model() -> LlamaForCausalLM:
 
 
 def loss() -> Iterator[Claim]:
+    """What carries loss, and how a step that is cut into parts adds up."""
     model, template = _random_model(), load_template(DEFAULT_TEMPLATE)
     tokenizer = read_tokenizer(resolve_model("tiny"))
     made = [encode_example(tokenizer, template, f"note {index} " * (index + 1), "CT " * (index % 3 + 1),

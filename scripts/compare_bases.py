@@ -14,7 +14,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -34,8 +34,8 @@ from minilora.predict import Prediction, Predictor
 from minilora.score import predict_all, score_predictions
 from minilora.train import train, validation_loss
 
-BASES = {"LoRA on 16-bit weights": ("none", False), "QLoRA, NF4": ("nf4", False),
-         "QLoRA, NF4 + double quantization": ("nf4", True)}
+BASES: dict[str, tuple[Literal["none", "nf4"], bool]] = {
+    "LoRA on 16-bit weights": ("none", False), "QLoRA, NF4": ("nf4", False), "QLoRA, NF4 + double quantization": ("nf4", True)}
 HELD_OUT_SEED = 2       # of the documents for the perplexity; pretraining saw those of another seed
 
 

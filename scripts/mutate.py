@@ -39,9 +39,10 @@ REFERENCE, NF4, CODEBOOKS = "kernels/reference.py", "quant/nf4.py", "quant/codeb
 LORA, LAYER, MERGE, ADAMW = "layers/lora.py", "layers/nf4_linear.py", "layers/merge.py", "optim/adamw.py"
 MODEL, ROTARY, MASKS, TRAIN = "llama/model.py", "llama/rotary.py", "llama/masks.py", "train.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
-QUANT_TESTS, LLAMA_TESTS = "tests/quant tests/test_testing.py",
-"tests/llama/test_model.py tests/peers/test_transformers_logits.py"
-LORA_TESTS, TRAIN_TESTS = "tests/layers tests/test_testing.py", "tests/test_train.py tests/test_testing.py"
+QUANT_TESTS = "tests/quant tests/test_testing.py"
+LLAMA_TESTS = "tests/llama/test_model.py tests/peers/test_transformers_logits.py"
+LORA_TESTS = "tests/layers tests/test_testing.py"
+TRAIN_TESTS = "tests/test_train.py tests/test_testing.py"
 
 MUTATIONS = (
     Mutation("nibble order when packing", REFERENCE, "codes_n[0::2] << 4 | codes_n[1::2]", "codes_n[1::2] << 4 | codes_n[0::2]",
@@ -171,11 +172,11 @@ def main() -> int:
             caught, first = run(mutation, work)
             results.append({"name": mutation.name, "file": mutation.file, "caught": caught, "first_test": first})
             print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.name}: {first}", flush=True)
-    caught = sum(bool(result["caught"]) for result in results)
-    print(f"{caught} of {len(results)} mutations caught in {time.perf_counter() - started:.0f} s")
+    score = sum(bool(result["caught"]) for result in results)
+    print(f"{score} of {len(results)} mutations caught in {time.perf_counter() - started:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if caught == len(results) else 1
+    return 0 if score == len(results) else 1
 
 
 if __name__ == "__main__":

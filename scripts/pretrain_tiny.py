@@ -185,8 +185,8 @@ def main() -> None:
     else:
         train_tokenizer([text.text for text in texts[:20_000]], args.vocab, args.out)
     tokenizer = read_tokenizer(args.out)
-    examples, held = encode_documents(tokenizer, texts), encode_documents(tokenizer, held_out)
-    held_batches = [collate(part, PAD_ID) for part in (held[at : at + args.batch] for at in range(0, len(held), args.batch))]
+    examples, unseen = encode_documents(tokenizer, texts), encode_documents(tokenizer, held_out)
+    held_batches = [collate(unseen[at : at + args.batch], PAD_ID) for at in range(0, len(unseen), args.batch)]
     tokens = sum(len(example.input_ids) for example in examples)
     print(f"{len(texts):,} documents, {tokens:,} tokens, {len(held_out):,} held out, {time.perf_counter() - started:.0f} s",
           flush=True)
@@ -227,13 +227,13 @@ def main() -> None:
             print(f"step {step}/{args.steps} loss {loss.item():.4f}{also} {rate:,.0f} tokens/s", flush=True)
             if step % 500 == 0 or step == args.steps:
                 save(model, args.out)
-    held = held_out_loss(model, held_batches)
+    final = held_out_loss(model, held_batches)
     stage = {"documents": len(texts), "tokens": tokens,
              "tokens_with_loss": sum(label != IGNORED for example in examples for label in example.labels),
-             "held_out_documents": len(held_out), "held_out_loss": round(held, 4),
-             "held_out_perplexity": round(math.exp(held), 3), "seconds": round(time.perf_counter() - started),
+             "held_out_documents": len(held_out), "held_out_loss": round(final, 4),
+             "held_out_perplexity": round(math.exp(final), 3), "seconds": round(time.perf_counter() - started),
              "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "start")}, "curve": curve}
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), "stages": [*earlier, stage]}
+    facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "stages": [*earlier, stage]}
     (args.out / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.out / "README.md").write_text(card({**config, **facts}))
     draw_curve(facts["stages"], args.out / "pretraining.png")

@@ -77,7 +77,7 @@ class LlamaAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
         shared = q.shape[1] != k.shape[1]
         # Trap: on the CPU the backward of attention is six times slower in bfloat16 than in float32 (torch 2.13).
-        if q.requires_grad and q.device.type == "cpu":
+        if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
             q, k, v = q.float(), k.float(), v.float()
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
                                                   enable_gqa=shared)

@@ -302,7 +302,7 @@ def test_last_only_is_the_last_position_and_hidden_feeds_the_head() -> None:
 @pytest.mark.parametrize("changes", [{}, WINDOWED, {"num_key_value_heads": 4, "attention_bias": True}], ids=str)
 def test_states_at_some_positions_are_those_of_a_full_forward(changes: dict[str, Any], mask: str | None,
                                                               recompute: bool) -> None:
-    model, tokens = make(**changes).train(), ids(3, 9)
+    model, tokens = make(**changes).double().train(), ids(3, 9)
     model.gradient_checkpointing = recompute
     real = torch.ones(3, 9, dtype=torch.int64)
     if mask is not None:

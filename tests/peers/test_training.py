@@ -86,6 +86,6 @@ def peers(base: Path, adapter: Path, out: Path, config: TrainConfig) -> tuple[li
                                                           config.max_grad_norm)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     model.save_pretrained(out)          # type: ignore[operator]
     return losses, norms
