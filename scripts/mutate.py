@@ -138,7 +138,7 @@ def run(mutation: Mutation, work: Path) -> tuple[bool, str]:
     path.write_text(source.replace(mutation.before, mutation.after))
     try:
         environment = {**os.environ, "PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1"}
-        imports = subprocess.run([sys.executable, "-c", "import minilora.train, minilora.trie; print(minilora.train.__file__)"],
+        imports = subprocess.run([sys.executable, "-c", "import minilora.cli, minilora.demo; print(minilora.cli.__file__)"],
                                  cwd=work, env=environment, capture_output=True, text=True, check=False)
         if imports.returncode or not imports.stdout.startswith(str(work)):
             raise SystemExit(f"{mutation.name}: the copy cannot be imported: {imports.stderr[-300:]}")
