@@ -143,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
     sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 
@@ -222,7 +223,7 @@ def _audit(args: argparse.Namespace) -> None:
     from minilora.audit import audit, format_claim
     from minilora.files import check_output, write_json
     if args.json:
-        check_output(args.json, overwrite=True)
+        check_output(args.json, args.overwrite)
     claims = []
     for claim in audit():
         claims.append(claim)

@@ -63,6 +63,10 @@ def test_the_command_prints_and_writes_claims(monkeypatch: pytest.MonkeyPatch, t
     bad = dataclasses.replace(good, measured="5", ok=False)
     monkeypatch.setattr(audit, "CHECKS", (checks, lambda: iter([bad])))
     assert main(["audit", "--json", str(tmp_path / "a.json")]) == 2
+    refused = capsys.readouterr()
+    assert "--overwrite" in refused.err and refused.out == ""
+    assert json.loads((tmp_path / "a.json").read_text()) == [dataclasses.asdict(good)], "kept"
+    assert main(["audit", "--json", str(tmp_path / "a.json"), "--overwrite"]) == 2
     printed = capsys.readouterr()
     assert "FAIL two and two" in printed.out and "1 of 2 claims do not hold" in printed.err
     assert json.loads((tmp_path / "a.json").read_text())[1]["ok"] is False

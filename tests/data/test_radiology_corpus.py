@@ -19,6 +19,7 @@ from minilora.data.radiology.glossary import MEANINGS, NORMAL, REASONS
 from minilora.data.radiology.indications import BY_KEY, INDICATIONS
 from minilora.data.radiology.notes import is_worked_example, write
 from minilora.data.radiology.rules import protocol_for
+from minilora.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,23 @@ def test_only_what_is_told_carries_loss() -> None:
     assert read.input_ids[: len(note)] == note and read.labels[: len(note)] == [IGNORED] * len(note)
     assert read.labels[len(note) :] == read.input_ids[len(note) :] == [*tokenizer.encode("\nGist: clot.", bos=False), 1]
     assert told.labels == [IGNORED, *told.input_ids[1:]] and told.input_ids[0] == tokenizer.bos_id
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    class Endless:
+        eos_id = None
+
+    with pytest.raises(CheckpointError, match="no end token"):
+        encode_documents(Endless(), [])  # type: ignore[arg-type]
+
+
+def test_a_share_of_the_notes_is_put_into_capitals_when_asked() -> None:
+    def share(capitals: float) -> float:
+        notes = [text.given.removeprefix("Note: ") for text in documents(4, 1500, capitals) if text.given]
+        return sum(note == note.upper() for note in notes) / len(notes)
+
+    plain = share(0.0)
+    assert plain < 0.15 and share(0.5) > 0.4 + plain / 2 and share(1.0) == 1.0
 
 
 def test_the_gist_names_what_the_rules_looked_at_and_nothing_else() -> None:

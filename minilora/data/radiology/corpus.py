@@ -25,6 +25,7 @@ from minilora.data.radiology.notes import Written, write
 from minilora.data.radiology.phrases import THINNERS, is_task
 from minilora.data.radiology.protocols import PROTOCOLS
 from minilora.data.radiology.rules import CHANGES_NOTHING, RULES, protocol_for
+from minilora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from minilora.llama.tokenizer import Tokenizer
@@ -65,10 +66,10 @@ def documents(seed: int = 0, n: int = 90_000, capitals: float = 0.0) -> Iterator
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[Document]) -> list[Example]:
     """Each document as BOS, given, told, EOS; what is given carries no loss.
 
-    Raises: ValueError: the tokenizer has no end token.
+    Raises: CheckpointError: the tokenizer has no end token.
     """
     if tokenizer.eos_id is None:
-        raise ValueError("the tokenizer has no end token")
+        raise CheckpointError("the tokenizer names no end token, so a document could not end")
     made = []
     for row, text in enumerate(texts):
         given, told = tokenizer.encode(text.given, bos=True), [*tokenizer.encode(text.told, bos=False), tokenizer.eos_id]

@@ -111,7 +111,7 @@ WRITTEN: tuple[Family, ...] = (
         ("{bg}. {signs}. {Q}", {"joiners": (", ", ". ")}),
     ),
 )
-# What stands before and after each part of a composed layout; "" is a part that nothing announces.
+# The parts of a composed layout; a bare slot is a part that nothing announces, "" a patient who is not described.
 _QUESTIONS = ("{Q}", "{Q}", "{q}", "Dx {Q}", "Imp: {Q}", "Impression: {q}", "DDx: {q}", "Q: {Q}", "Asked: {q}",
               "Study for {q}", "Indication - {q}", "Order for {q}", "Concern: {q}", "Looking for {q}", "Prelim dx: {q}",
               "Imaging because of {q}", "Exam requested: {q}", "({q})", "** {q} **", "Main issue: {q}", "Evaluate {q}",
