@@ -58,6 +58,10 @@ class TrainConfig:
     target_modules: tuple[str, ...] = _setting(ALL_LINEARS, "linears to adapt, by name")
     use_rslora: bool = _setting(False, "scale by alpha/sqrt(r) (rsLoRA)")
     use_dora: bool = _setting(False, "train a length for each output row as well (DoRA)")
+    init_lora_weights: Literal["lora", "pissa", "loftq"] = _setting(
+        "lora", "what A and B start as: lora (random and zero), pissa (the weight's strongest directions) or loftq (what "
+                "quantization lost); the last two change the base, which the run folder then holds")
+    loraplus_lr_ratio: float = _setting(1.0, "learning rate of B over that of A; above 1 it is LoRA+")
     epochs: float = _setting(3.0, "passes over the training table; a fraction stops early")
     max_steps: int = _setting(0, "optimizer steps at most; 0 = as epochs say")
     batch_size: int = _setting(16, "notes per micro-batch")
@@ -87,9 +91,9 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is required: {_help(name)}")
         ranges = [("blocksize", 1, 1 << 16), ("batch_size", 1, 1 << 16), ("accumulate", 1, 1 << 16), ("max_length", 8, 1 << 20),
-                  ("lr", 0, 10), ("warmup", 0, 1), ("weight_decay", 0, 100), ("max_grad_norm", 0, math.inf),
-                  ("eval_every", 0, math.inf), ("save_every", 0, math.inf), ("max_steps", 0, math.inf),
-                  ("epochs", 0, 1e6), ("seed", 0, 2 ** 63 - 1)]
+                  ("lr", 0, 10), ("loraplus_lr_ratio", 1e-3, 1e3), ("warmup", 0, 1), ("weight_decay", 0, 100),
+                  ("max_grad_norm", 0, math.inf), ("eval_every", 0, math.inf), ("save_every", 0, math.inf),
+                  ("max_steps", 0, math.inf), ("epochs", 0, 1e6), ("seed", 0, 2 ** 63 - 1)]
         for name, low, high in ranges:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must lie between {low} and {high:g}, not {getattr(self, name)}")
@@ -101,6 +105,8 @@ class TrainConfig:
             raise ConfigError("tune full changes every weight, which 4-bit ones can't be: add quantize none, or tune lora")
         if self.tune == "full" and self.dtype not in ("auto", "float32"):
             raise ConfigError(f"tune full trains float32 weights (small updates are lost in {self.dtype}): leave dtype auto")
+        if self.init_lora_weights == "loftq" and self.quantize == "none":
+            raise ConfigError("init_lora_weights loftq makes up for what quantization lost: add quantize nf4, or take pissa")
         self.lora()
 
     def lora(self) -> LoRAConfig:

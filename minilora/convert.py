@@ -22,6 +22,7 @@ from minilora.llama.checkpoint import save_checkpoint
 from minilora.llama.config import LlamaConfig
 from minilora.llama.tokenizer import read_tokenizer
 from minilora.loading import DTYPES, load_model, pick_device
+from minilora.own_base import own_base
 
 MARKER = "config.json"      # without it a folder is no model, and is not overwritten
 
@@ -67,8 +68,8 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
     if into not in ("16bit", "4bit", "original"):
         raise ConfigError(f"into must be 16bit, 4bit or original, not {into!r}")
     on = pick_device(device)
-    folder = resolve_model(model)
     read_adapter_config(adapter)
+    folder = own_base(adapter) or resolve_model(model)
     trained_on = base_quantization(adapter)
     raw = LlamaConfig.from_json(folder / "config.json").to_dict()
     if into == "4bit" and trained_on is None:

@@ -12,6 +12,7 @@ from minilora.hub import resolve_model
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
+from minilora.own_base import own_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,7 +59,7 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
         quantize: "nf4" keeps the linears of the blocks in 4 bits; None keeps all in `dtype`.
         double_quant, blocksize: how to quantize; a folder that is 4-bit already says so itself.
         dtype: of embeddings, norms and head, and of the arithmetic. device: where it goes, as `pick_device` reads it.
-        adapter: folder of a PEFT adapter to attach.
+        adapter: folder of a PEFT adapter to attach; one that brings its own base (PiSSA, LoftQ) is put over that.
         pad_vocab: fill a table that has fewer rows than config.json says with its mean row.
         revision: branch, tag or commit on the hub.
 
@@ -74,7 +75,7 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
     device = pick_device(str(device))
     if adapter is not None:
         read_adapter_config(adapter)        # a bad one is refused before gigabytes are read
-    folder = resolve_model(path_or_hub_id, revision=revision)
+    folder = (own_base(adapter) if adapter is not None else None) or resolve_model(path_or_hub_id, revision=revision)
     model = load_checkpoint(folder, quantize=quantize, double_quant=double_quant, blocksize=blocksize, dtype=dtype,
                             device=device, pad_vocab=pad_vocab, progress=progress)
     if adapter is not None:

@@ -3,6 +3,7 @@
     config.toml  labels.txt  metrics.jsonl  tokenizer files  README.md (model card)
     adapter_config.json  adapter_model.safetensors  minilora.json          written when training ends; after full tuning
     config.json  model.safetensors  minilora.json                          these, i.e. the run folder is the model's
+    base/                                                                  the base, where training began by changing it
     checkpoints/step-000200/    trained.safetensors, optimizer.pt, state.json: the last two are kept
 
 A checkpoint holds all that the next step depends on: trained weights, moments, random states, and the position, which is one
@@ -92,6 +93,11 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
         shutil.rmtree(old, ignore_errors=True)
     for unfinished in checkpoints.glob(".tmp-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has come as far as its first checkpoint."""
+    return bool(_checkpoints(folder))
 
 
 def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:

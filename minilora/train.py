@@ -38,10 +38,12 @@ from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.optim.adamw import AdamW
+from minilora.own_base import FOLDER, save_base, start_adapters
 from minilora.runs import (
     Position,
     append_metrics,
     check_run,
+    has_checkpoint,
     last_metrics,
     load_checkpoint,
     open_run,
@@ -82,6 +84,19 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     if step <= rising:
         return peak * step / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising + 1)))
+
+
+def parameter_groups(model: torch.nn.Module, loraplus_lr_ratio: float) -> tuple[list[dict[str, list[Tensor]]], list[float]]:
+    """Trained parameters in groups for the optimizer, and each group's rate over the run's.
+
+    LoRA+ (arXiv 2402.12354, section 4): B, which starts at zero, is trained at a higher rate than A.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if loraplus_lr_ratio == 1:
+        return [{"params": list(trained.values())}], [1.0]
+    fast = [parameter for name, parameter in trained.items() if name.endswith("lora_B.weight")]
+    rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_B.weight")]
+    return [{"params": rest}, {"params": fast}], [1.0, loraplus_lr_ratio]
 
 
 def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -165,7 +180,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises: MiniloraError: bad input, an output in use, or a loss that is not finite.
     Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not (test_train.py).
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     out, full = Path(config.out), config.tune == "full"
     check_run(out, config.resume, config.overwrite)
     if config.resume:
@@ -181,23 +196,33 @@ def train(config: TrainConfig) -> TrainResult:
     examples, labels = encode_table(config.data, config, tokenizer, None, llama.vocab_size)
     validation = encode_table(config.val, config, tokenizer, labels, llama.vocab_size)[0] if config.val else []
 
-    model = load_model(folder, quantize=None if config.quantize == "none" else "nf4", double_quant=config.double_quant,
-                       blocksize=config.blocksize, dtype=dtype, device=device, pad_vocab=config.pad_vocab,
-                       progress=not config.quiet)
+    # PiSSA and LoftQ change the base.  That is not done twice: a resumed run goes on over the base that it saved.
+    start = None if full or config.init_lora_weights == "lora" else config.init_lora_weights
+    started = start is not None and config.resume and has_checkpoint(out)
+    model = load_model(out / FOLDER if started else folder, quantize=None if config.quantize == "none" else "nf4",
+                       double_quant=config.double_quant, blocksize=config.blocksize, dtype=dtype, device=device,
+                       pad_vocab=config.pad_vocab, progress=not config.quiet)
     torch.manual_seed(config.seed)
     if not full:
         add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))
+    if start and not started:
+        start_adapters(model, folder, start, config.quiet)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=config.weight_decay)
+    groups, group_rates = parameter_groups(model, config.loraplus_lr_ratio)
+    optimizer = AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
+    trained_tensors = [parameter for group in groups for parameter in group["params"]]
     total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
     if config.max_steps:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
     peak_rate = config.lr or MODEL_RATE * MODEL_WIDTH / llama.hidden_size * (FULL_SHARE if full else 1)
 
     open_run(out, config.resume, config.overwrite)
-    position = load_checkpoint(out, model, optimizer) if config.resume else Position()
     config.save(out / "config.toml")
+    if start and not started:
+        save_base(model, tokenizer, out)
+        save_checkpoint(out, Position(), model, optimizer)
+    position = load_checkpoint(out, model, optimizer) if config.resume else Position()
     write_labels(out / "labels.txt", labels)
     tokenizer.save(out)
 
@@ -212,14 +237,14 @@ def train(config: TrainConfig) -> TrainResult:
         batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
         label_tokens = sum(batch.label_tokens for batch in batches)
         rate = learning_rate(step, total, peak_rate, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group, relative in zip(optimizer.param_groups, group_rates, strict=True):
+            group["lr"] = rate * relative
         loss = 0.0
         for batch in batches:
             part = label_loss(model, batch) / label_tokens
             part.backward()
             loss += float(part.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_(trained_tensors, config.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             progress.close()
             where = [row for batch in batches for row in batch.rows]
@@ -243,13 +268,14 @@ def train(config: TrainConfig) -> TrainResult:
                                  + (f", val {val_loss:.3f}" if val_loss is not None else ""), refresh=False)
         progress.update()
     progress.close()
-    prompt = {"template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model}
+    extra = {"template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model}
     if full:
         checkpoint.save_checkpoint(model, out, progress=not config.quiet)
-        save_extra(model, out, prompt)
+        save_extra(model, out, extra)
     else:
-        save_adapter(model, out, base_model=config.model, extra=prompt)
-    result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - started,
+        save_adapter(model, out, base_model=str(out / FOLDER) if start else config.model,
+                     extra={**extra, "init_lora_weights": config.init_lora_weights})
+    result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - began,
                          peak_bytes(device))
     write_model_card(result, config, labels, len(examples))
     return result

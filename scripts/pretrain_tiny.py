@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Make the small base model that ships: tokenizer, pretraining from scratch, model card.
 
-    python scripts/pretrain_tiny.py --out stage1                                                    # 50 minutes on two cores
-    python scripts/pretrain_tiny.py --start stage1 --out stage2 --steps 800 --lr 0.002 --capitals 0.35 --seed 10      # 10 more
+    python scripts/pretrain_tiny.py --out tiny          # 75 minutes on two cores
 
-The second folder is what ships in minilora/assets/tiny.  The text comes from `minilora.data.radiology.corpus`: unlabelled
+The folder is what ships in minilora/assets/tiny.  The text comes from `minilora.data.radiology.corpus`: unlabelled
 notes, findings, definitions, and notes with a reading of what they say.  No document holds a note and a protocol label, so
 what protocol a note asks for is left to fine-tuning.
 """
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora.data.batches import Batch, collate, epoch_batches
@@ -56,11 +55,10 @@ fine-tuning can be shown, tested and measured offline, on a laptop. It is a real
 ## How it was made
 
 By `scripts/pretrain_tiny.py`, from random weights, on text that `minilora.data.radiology.corpus` generates; nothing else was
-read. The second stage goes on from the first with a share of its notes in capitals, which the first has few of:
+read:
 
 ```
-python scripts/pretrain_tiny.py --out stage1
-python scripts/pretrain_tiny.py --start stage1 --out stage2 --steps 800 --lr 0.002 --capitals 0.35 --seed 10
+{command}
 ```
 
 {table}
@@ -68,8 +66,7 @@ python scripts/pretrain_tiny.py --start stage1 --out stage2 --steps 800 --lr 0.0
 Held-out documents come from another seed; none was trained on. The loss stands on all of a note alone, of definitions and of
 findings; of a note that is read, on the reading only. Optimizer: Muon on the blocks' matrices (`--lr` is its peak rate, weight
 decay 0.1), AdamW on the rest at half the rate; warm-up, then a cosine to zero; products in bfloat16, weights in float32.
-Neither run has been repeated. Stage 1 was made when the loss still computed the last block at every position; what the
-commands give today differs from what ships at least by that rounding.
+The run has not been repeated.
 
 ![training and held-out loss over the steps](pretraining.png)
 
@@ -117,24 +114,16 @@ def held_out_loss(model: LlamaForCausalLM, batches: list[Batch]) -> float:
     return sum(float(loss_of(model, batch)) for batch in batches) / sum(batch.label_tokens for batch in batches)
 
 
-def draw_curve(stages: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss over the steps of all stages, as a picture."""
+def draw_curve(curve: list[dict[str, Any]], path: Path) -> None:
+    """Training and held-out loss over the steps, as a picture."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    before = 0
-    for stage in stages:
-        points = stage["curve"]
-        held = [point for point in points if point["held_out_loss"]]
-        first = before == 0
-        axes.plot([before + p["step"] for p in points], [p["loss"] for p in points], color="#b8bec8", linewidth=1,
-                  label="training batch" if first else None)
-        axes.plot([before + p["step"] for p in held], [p["held_out_loss"] for p in held], color="#3366aa", marker="o",
-                  markersize=4, label="held-out documents" if first else None)
-        if not first:
-            axes.axvline(before, color="#888888", linewidth=0.8, linestyle=":")
-        before += points[-1]["step"]
+    held = [point for point in curve if point["held_out_loss"]]
+    axes.plot([p["step"] for p in curve], [p["loss"] for p in curve], color="#b8bec8", linewidth=1, label="training batch")
+    axes.plot([p["step"] for p in held], [p["held_out_loss"] for p in held], color="#3366aa", marker="o", markersize=4,
+              label="held-out documents")
     axes.set(xlabel="optimizer step", ylabel="loss per token (nats)", yscale="log", title="Pretraining the model that ships")
     ticks = (0.4, 0.6, 0.8, 1, 1.5, 2, 3, 4)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -146,18 +135,13 @@ def draw_curve(stages: list[dict[str, Any]], path: Path) -> None:
 
 
 def card(facts: dict[str, Any]) -> str:
-    """The model card of what all stages made."""
+    """The model card."""
     rows = {"documents, each seen once": "documents", "tokens": "tokens", "of them with loss": "tokens_with_loss",
             "held-out loss, nats a token": "held_out_loss", "held-out perplexity": "held_out_perplexity",
             "seconds on two cores": "seconds"}
-    stages = facts["stages"]
-    lines = ["| | " + " | ".join(f"stage {index + 1}" for index in range(len(stages))) + " |",
-             "| --- |" + " --- |" * len(stages)]
-    for name, key in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{stage[key]:,}" for stage in stages) + " |")
-    for name in ("steps", "batch", "lr", "capitals", "seed"):
-        lines.append(f"| `--{name}` | " + " | ".join(f"{stage['arguments'].get(name, 0.0):g}" for stage in stages) + " |")
-    return CARD.format(**facts, table="\n".join(lines))
+    lines = ["| what | value |", "| --- | --- |", *(f"| {name} | {facts[key]:,} |" for name, key in rows.items())]
+    command = " ".join(f"--{name} {value:g}" for name, value in facts["arguments"].items())
+    return CARD.format(**facts, table="\n".join(lines), command=f"python scripts/pretrain_tiny.py --out tiny {command}")
 
 
 def main() -> None:
@@ -165,13 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; what it holds of an earlier run is replaced")
-    parser.add_argument("--steps", type=int, default=4600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=9000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="documents per step; each is seen once")
-    parser.add_argument("--vocab", type=int, default=3072, help="tokenizer entries")
+    parser.add_argument("--vocab", type=int, default=3584, help="tokenizer entries")
     parser.add_argument("--lr", type=float, default=6e-3, help="peak rate of the blocks; half of it for the rest")
     parser.add_argument("--seed", type=int, default=0, help="of weights, documents and order")
-    parser.add_argument("--capitals", type=float, default=0.0, help="share of the notes put into capitals")
-    parser.add_argument("--start", type=Path, help="folder of an earlier stage to go on from: its weights and tokenizer")
+    parser.add_argument("--capitals", type=float, default=0.2, help="share of the notes put into capitals")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -180,11 +163,7 @@ def main() -> None:
     texts = list(documents(args.seed, args.steps * args.batch, args.capitals))
     seen = {text.text for text in texts}
     held_out = [text for text in documents(args.seed + 1, 3000, args.capitals) if text.text not in seen][:2000]
-    if args.start:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(args.start / name, args.out / name)
-    else:
-        train_tokenizer([text.text for text in texts[:20_000]], args.vocab, args.out)
+    train_tokenizer([text.text for text in texts[:20_000]], args.vocab, args.out)
     tokenizer = read_tokenizer(args.out)
     examples, unseen = encode_documents(tokenizer, texts), encode_documents(tokenizer, held_out)
     held_batches = [collate(unseen[at : at + args.batch], PAD_ID) for at in range(0, len(unseen), args.batch)]
@@ -196,10 +175,6 @@ def main() -> None:
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model = LlamaForCausalLM(LlamaConfig.from_dict(config))
     model.init_weights(torch.Generator().manual_seed(args.seed))
-    if args.start:
-        weights = load_file(args.start / "model.safetensors")
-        model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})      # tied
-    earlier = json.loads((args.start / "pretraining.json").read_text())["stages"] if args.start else []
     # Muon for the blocks' matrices, AdamW for the rest: lower after two minutes, one run each, than AdamW alone.
     blocks = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not block for block in blocks)]
@@ -229,16 +204,15 @@ def main() -> None:
             if step % 500 == 0 or step == args.steps:
                 save(model, args.out)
     final = held_out_loss(model, held_batches)
-    stage = {"documents": len(texts), "tokens": tokens,
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "documents": len(texts), "tokens": tokens,
              "tokens_with_loss": sum(label != IGNORED for example in examples for label in example.labels),
              "held_out_documents": len(held_out), "held_out_loss": round(final, 4),
              "held_out_perplexity": round(math.exp(final), 3), "seconds": round(time.perf_counter() - started),
-             "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "start")}, "curve": curve}
-    facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "stages": [*earlier, stage]}
+             "arguments": {name: value for name, value in vars(args).items() if name != "out"}, "curve": curve}
     (args.out / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.out / "README.md").write_text(card({**config, **facts}))
-    draw_curve(facts["stages"], args.out / "pretraining.png")
-    print(json.dumps({k: v for k, v in stage.items() if k != "curve"}))
+    draw_curve(curve, args.out / "pretraining.png")
+    print(json.dumps({name: value for name, value in facts.items() if name != "curve"}))
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:

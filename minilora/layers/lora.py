@@ -119,6 +119,15 @@ class LoRALinear(nn.Module):
             if self.lora_magnitude_vector is not None:
                 self.lora_magnitude_vector.copy_(self._row_norms(0))
 
+    @torch.no_grad()
+    def start_at(self, base_layer: nn.Module, a: Tensor, b: Tensor) -> None:
+        """Begin from another base and other A (r, in) and B (out, r); DoRA's lengths become those of the sum."""
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A.weight.copy_(a)
+        self.lora_B.weight.copy_(b)
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self._row_norms())
+
     def update(self) -> Tensor:
         """ΔW = scaling · B A, (out, in) float32.  (With DoRA the merged weight also rescales rows: `merged_weight`.)"""
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())

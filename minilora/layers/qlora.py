@@ -112,6 +112,19 @@ def base_only(model: nn.Module) -> Iterator[nn.Module]:
             layer.active = active
 
 
+@contextmanager
+def bases_in_place(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with each adapted linear in its adapter's place, for as long as the block lasts: how a base is saved."""
+    layers = list(lora_layers(model))
+    for name, layer in layers:
+        replace_module(model, name, layer.base_layer)
+    try:
+        yield model
+    finally:
+        for name, layer in layers:
+            replace_module(model, name, layer)
+
+
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters, a 4-bit weight counted as the numbers it stands for and not as its bytes."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

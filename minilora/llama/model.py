@@ -75,13 +75,20 @@ class LlamaAttention(nn.Module):
         q = rotate(q, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
-        shared = q.shape[1] != k.shape[1]
-        # Trap: on the CPU the backward of attention is six times slower in bfloat16 than in float32 (torch 2.13).
-        if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            q, k, v = q.float(), k.float(), v.float()
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
-                                                  enable_gqa=shared)
+        attended = _attend(q, k, v, mask)
         return self.o_proj(attended.transpose(1, 2).reshape(*asking.shape[:2], -1).to(x.dtype))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own."""
+    causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    # Trap: on the CPU the backward of attention is four times slower in bfloat16 than in float32 (torch 2.13), also where it
+    # is autocast that asks for bfloat16.
+    if q.requires_grad and q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal,
+                                                  enable_gqa=shared)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 
 
 class LlamaMLP(nn.Module):

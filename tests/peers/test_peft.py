@@ -1,15 +1,31 @@
 """LoRA, rsLoRA and DoRA against peft: outputs, gradients, adapters in both directions, merges."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from minilora import CheckpointError, LoRAConfig, LoRALinear, add_lora, load_adapter, load_model, merge_lora, save_adapter
+from minilora import (
+    CheckpointError,
+    LoRAConfig,
+    LoRALinear,
+    TrainConfig,
+    add_lora,
+    load_adapter,
+    load_model,
+    merge_lora,
+    save_adapter,
+    train,
+)
+from minilora.layers.lora import dense_weight
 from minilora.layers.qlora import lora_layers
+from minilora.own_base import start_adapters
+from minilora.train import parameter_groups
 from tests.models import write_model
+from tests.notes import notes, write_csv
 
 peft = pytest.importorskip("peft", reason="extra [peers] is not installed")
 transformers = pytest.importorskip("transformers", reason="extra [peers] is not installed")
@@ -162,3 +178,47 @@ def test_qlora_equals_peft_over_bitsandbytes(tmp_path: Path, use_dora: bool) -> 
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):
             close(getattr(layer, part).weight.grad, gradients[f"base_model.model.{name}.{part}.default.weight"])
+
+
+def test_pissa_starts_as_in_peft(base: Path) -> None:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    other = peft.get_peft_model(theirs(base), peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets,
+                                                              init_lora_weights="pissa"))
+    model = load_model(base, quantize=None, dtype=torch.float32)
+    add_lora(model, LoRAConfig(r=3, alpha=5))
+    start_adapters(model, base, "pissa")
+    for name, layer in lora_layers(model):
+        peer = other.get_submodule(f"base_model.model.{name}")
+        # A and B are unique up to a sign for each direction; their product and the base are unique.
+        close(layer.update(), peer.get_delta_weight("default"))
+        close(dense_weight(layer.base_layer), peer.base_layer.weight)
+
+
+def test_lora_plus_gives_the_rates_that_peft_gives(base: Path) -> None:
+    optimizers = pytest.importorskip("peft.optimizers")
+    other = peft.get_peft_model(theirs(base), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    optimizer = optimizers.create_loraplus_optimizer(other, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    expected = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    theirs_by_name = {name.replace(".default", "").removeprefix("base_model.model."): expected[id(parameter)]
+                      for name, parameter in other.named_parameters() if parameter.requires_grad}
+
+    model = load_model(base, quantize=None, dtype=torch.float32)
+    add_lora(model, LoRAConfig(r=3, target_modules=("q_proj", "up_proj")))
+    groups, rates = parameter_groups(model, 16)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(parameter)]: 1e-3 * rate for group, rate in zip(groups, rates, strict=True)
+            for parameter in group["params"]} == theirs_by_name
+
+
+@pytest.mark.parametrize("start", ["pissa", "loftq"])
+def test_a_run_over_its_own_base_answers_the_same_in_transformers_and_peft(base: Path, tmp_path: Path, start: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    table = write_csv(tmp_path / "train.csv", notes(16))
+    train(TrainConfig(model=str(base), data=str(table), out=str(tmp_path / "run"), r=4, batch_size=4, epochs=1, lr=1e-2,
+                      max_length=128, dtype="float32", device="cpu", quiet=True,
+                      init_lora_weights=start))                                     # type: ignore[arg-type]
+    ours = load_model(base, dtype=torch.float32, adapter=tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    other = peft.PeftModel.from_pretrained(theirs(Path(config["base_model_name_or_path"])), tmp_path / "run")
+    # Their CPU kernel for calls without a gradient rounds codes to bfloat16; in training mode weights are unpacked in full.
+    close(ours(IDS), other.train()(IDS).logits)
