@@ -18,12 +18,14 @@ from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import add_lora
 from minilora.llama.bnb_format import save_quantized
 from minilora.loading import load_model, load_tokenizer
+from minilora.optim.paged_adamw import PagedAdamW
 from minilora.quant.codebooks import NF4_CODE
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
 from minilora.train import train
 
 __all__ = [
     "NF4_CODE", "CheckpointError", "ConfigError", "DataError", "HubError", "LoRAConfig", "LoRALinear", "MiniloraError",
-    "NF4Linear", "NF4Tensor", "OutputError", "QuantizationError", "TrainConfig", "add_lora", "evaluate", "generate",
-    "load_adapter", "load_model", "load_tokenizer", "merge_lora", "quantize_nf4", "save_adapter", "save_quantized", "train",
+    "NF4Linear", "NF4Tensor", "OutputError", "PagedAdamW", "QuantizationError", "TrainConfig", "add_lora", "evaluate",
+    "generate", "load_adapter", "load_model", "load_tokenizer", "merge_lora", "quantize_nf4", "save_adapter", "save_quantized",
+    "train",
 ]

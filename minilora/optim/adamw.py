@@ -9,17 +9,24 @@ For each parameter θ with gradient g, at its t-th step:
 
 Sources: Adam (arXiv 1412.6980, algorithm 1), decoupled decay (arXiv 1711.05101, algorithm 2).  The order of the roundings
 is that of ``torch.optim.AdamW(foreach=False, fused=False)``: float32 results are equal to the bit.
+
+The moments take 8 bytes a parameter.  In 8 bits (arXiv 2110.02861) they take 2, and a constant for every 256 of them: by the
+dynamic map, signed for m and unsigned for v, whose levels are dense near zero, where moments are most of the time.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError
+from minilora.quant.blockwise import dequantize_blockwise, quantize_blockwise
+from minilora.quant.codebooks import DYNAMIC_8BIT, DYNAMIC_8BIT_UNSIGNED
+
+BLOCKSIZE_8BIT = 256        # elements that share a constant
 
 
 def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float,
@@ -39,6 +46,43 @@ def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
     step_size = lr / (1 - beta1 ** step)
     denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2 ** step)).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+class Moments8bit(NamedTuple):
+    """Both moments of n elements in 8 bits: codes (n,) uint8, and absmax (ceil(n / 256),) float32, of each."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_absmax: Tensor
+    exp_avg_sq_absmax: Tensor
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """First and second moment, (n,) float32."""
+        return (dequantize_blockwise(self.exp_avg, self.exp_avg_absmax, DYNAMIC_8BIT, BLOCKSIZE_8BIT),
+                dequantize_blockwise(self.exp_avg_sq, self.exp_avg_sq_absmax, DYNAMIC_8BIT_UNSIGNED, BLOCKSIZE_8BIT))
+
+    def encode(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """Put other moments in their place."""
+        for moment, code, codes, absmax in ((exp_avg, DYNAMIC_8BIT, self.exp_avg, self.exp_avg_absmax),
+                                            (exp_avg_sq, DYNAMIC_8BIT_UNSIGNED, self.exp_avg_sq, self.exp_avg_sq_absmax)):
+            new_codes, new_absmax = quantize_blockwise(moment, code, BLOCKSIZE_8BIT)
+            codes.copy_(new_codes)
+            absmax.copy_(new_absmax)
+
+
+def adamw_update_8bit(param: Tensor, grad: Tensor, moments: Moments8bit, step: int, lr: float, betas: tuple[float, float],
+                      eps: float, weight_decay: float) -> None:
+    """One AdamW step over moments that are kept in 8 bits, in place: decode, update, encode.
+
+    The parameter moves by the moments as they are before they are rounded.
+
+    Args: param, grad: (n,) float32. moments: zeros before the first step.
+    Raises: QuantizationError: a moment is not finite.
+    Source: arXiv 2110.02861, section 2; bitsandbytes' states within one code (tests/peers/test_bitsandbytes_adamw.py).
+    """
+    exp_avg, exp_avg_sq = moments.decode()
+    adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay)
+    moments.encode(exp_avg, exp_avg_sq)
 
 
 class AdamW(torch.optim.Optimizer):

@@ -72,3 +72,4 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 
 DYNAMIC_8BIT: Tensor = dynamic_map(signed=True)
+DYNAMIC_8BIT_UNSIGNED: Tensor = dynamic_map(signed=False)
