@@ -86,17 +86,17 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising + 1)))
 
 
-def parameter_groups(model: torch.nn.Module, loraplus_lr_ratio: float) -> tuple[list[dict[str, list[Tensor]]], list[float]]:
-    """Trained parameters in groups for the optimizer, and each group's rate over the run's.
+def rate_groups(model: torch.nn.Module, loraplus_lr_ratio: float) -> list[tuple[list[torch.nn.Parameter], float]]:
+    """Trained parameters in groups, with each group's learning rate over the run's.
 
     LoRA+ (arXiv 2402.12354, section 4): B, which starts at zero, is trained at a higher rate than A.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if loraplus_lr_ratio == 1:
-        return [{"params": list(trained.values())}], [1.0]
+        return [(list(trained.values()), 1.0)]
     fast = [parameter for name, parameter in trained.items() if name.endswith("lora_B.weight")]
     rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_B.weight")]
-    return [{"params": rest}, {"params": fast}], [1.0, loraplus_lr_ratio]
+    return [(rest, 1.0), (fast, loraplus_lr_ratio)]
 
 
 def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -209,9 +209,8 @@ def train(config: TrainConfig) -> TrainResult:
         start_adapters(model, folder, start, config.quiet)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
-    groups, group_rates = parameter_groups(model, config.loraplus_lr_ratio)
-    optimizer = AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
-    trained_tensors = [parameter for group in groups for parameter in group["params"]]
+    groups = rate_groups(model, config.loraplus_lr_ratio)
+    optimizer = AdamW([{"params": parameters} for parameters, _ in groups], lr=0.0, weight_decay=config.weight_decay)
     total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
     if config.max_steps:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
@@ -237,14 +236,15 @@ def train(config: TrainConfig) -> TrainResult:
         batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
         label_tokens = sum(batch.label_tokens for batch in batches)
         rate = learning_rate(step, total, peak_rate, config.warmup)
-        for group, relative in zip(optimizer.param_groups, group_rates, strict=True):
+        for group, (_, relative) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = rate * relative
         loss = 0.0
         for batch in batches:
             part = label_loss(model, batch) / label_tokens
             part.backward()
             loss += float(part.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(trained_tensors, config.max_grad_norm or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
+                                                          config.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             progress.close()
             where = [row for batch in batches for row in batch.rows]

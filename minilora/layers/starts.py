@@ -89,7 +89,8 @@ def start_from_weight(layer: LoRALinear, weight: Tensor, start: Start) -> None:
         raise ConfigError("loftq makes up for what quantization lost, and this base is not quantized: use pissa, or quantize")
     else:
         rest, left, right = pissa(weight, layer.r)
-        new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        new.weight = nn.Parameter(rest.to(dense_weight(base).dtype))
-        new.bias = getattr(base, "bias", None)
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(rest.to(dense_weight(base).dtype))
+        dense.register_parameter("bias", getattr(base, "bias", None))
+        new = dense
     layer.start_at(new, right / math.sqrt(layer.scaling), left / math.sqrt(layer.scaling))

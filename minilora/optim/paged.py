@@ -104,14 +104,14 @@ class FileBacking:
     def read(self, page: int, frame: Tensor) -> None:
         """See `Backing`."""
         self._seek(page)
-        into = memoryview(frame.numpy())
+        into = frame.numpy().data
         while into:
             into = into[self.file.readinto(into):]
 
     def write(self, page: int, frame: Tensor) -> None:
         """See `Backing`."""
         self._seek(page)
-        left = memoryview(frame.numpy())
+        left = frame.numpy().data
         while left:
             left = left[self.file.write(left):]
 

@@ -109,8 +109,8 @@ class PagedAdamW(AdamW):
             raise ConfigError(f"the pages lie beside the parameters, so these must be on one device, not on "
                               f"{', '.join(sorted(map(str, devices)))}")
         self.pager = Pager(page_bytes, resident_bytes, backing, devices.pop(), folder)
-        self._regions = {bits: _Region(self.pager, bits) for bits in {32, state_bits}}
-        self._state_bits = state_bits
+        self._state_bits: int = state_bits
+        self._regions: dict[int, _Region] = {bits: _Region(self.pager, bits) for bits in {32, self._state_bits}}
         self._steps: dict[Tensor, int] = {}
         self._places: dict[Tensor, list[_Piece]] = {}
         self._on_page: dict[int, list[_Piece]] = {}
@@ -181,7 +181,7 @@ class PagedAdamW(AdamW):
         """Each piece of a parameter with its moments, valid until the next is asked for."""
         pieces = self._places[param]
         for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            content = self.pager.use(piece.page, following and following.page, write)
+            content = self.pager.use(piece.page, following.page if following else None, write)
             yield piece, self._regions[self._bits(param)].moments(content, piece)
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot make the page file in .*missing: No such file"):
+    with pytest.raises(OutputError, match=r"cannot make the page file in .*missing: No such file"):
         Pager(SMALLEST_PAGE, backing="disk", folder=tmp_path / "missing")
 
 
@@ -121,7 +121,7 @@ def test_a_full_disk_shows_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
 
     pager = Pager(SMALLEST_PAGE, 2 * SMALLEST_PAGE, "disk")
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match="no room for 12,288 more bytes .No space left on device"):
+    with pytest.raises(OutputError, match=r"no room for 12,288 more bytes .No space left on device"):
         pager.grow(3)
 
 
@@ -139,7 +139,7 @@ def working(pages: int = 6) -> tuple[Pager, FileBacking]:
 def test_a_file_cut_short_gives_nothing_out() -> None:
     pager, backing = working()
     backing.file.truncate(SMALLEST_PAGE // 2)
-    with pytest.raises(OutputError, match="cut to 2,048 of 24,576 bytes.*--resume"):
+    with pytest.raises(OutputError, match=r"cut to 2,048 of 24,576 bytes.*--resume"):
         pager.use(0)
     with pytest.raises(OutputError, match="state is lost"):
         pager.use(5)                # it is still in memory, but the state as a whole is gone

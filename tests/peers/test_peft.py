@@ -23,7 +23,7 @@ from minilora import (
 from minilora.layers.lora import dense_weight
 from minilora.layers.qlora import lora_layers
 from minilora.own_base import start_adapters
-from minilora.train import parameter_groups
+from minilora.train import rate_groups
 from tests.models import write_model
 from tests.notes import notes, write_csv
 
@@ -204,10 +204,9 @@ def test_lora_plus_gives_the_rates_that_peft_gives(base: Path) -> None:
 
     model = load_model(base, quantize=None, dtype=torch.float32)
     add_lora(model, LoRAConfig(r=3, target_modules=("q_proj", "up_proj")))
-    groups, rates = parameter_groups(model, 16)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(parameter)]: 1e-3 * rate for group, rate in zip(groups, rates, strict=True)
-            for parameter in group["params"]} == theirs_by_name
+    assert {names[id(parameter)]: 1e-3 * rate for parameters, rate in rate_groups(model, 16)
+            for parameter in parameters} == theirs_by_name
 
 
 @pytest.mark.parametrize("start", ["pissa", "loftq"])
