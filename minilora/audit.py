@@ -26,6 +26,7 @@ from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import read_tokenizer
 from minilora.loading import load_model
 from minilora.optim.adamw import AdamW
+from minilora.optim.paged_adamw import PagedAdamW
 from minilora.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from minilora.quant.codebooks import NF4_CODE, derive_nf4
 from minilora.quant.nf4 import quantize_nf4
@@ -216,15 +217,28 @@ def _merge_error(strength: float, into: str) -> MergeError:
 
 # -- training ---------------------------------------------------------------------------------------------------------
 def optimizer() -> Iterator[Claim]:
-    """AdamW, bit for bit."""
-    ours, theirs = (nn.Parameter(_normal(1000)) for _ in range(2))
-    steppers = (AdamW([ours], lr=1e-2, weight_decay=0.1),
-                torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, foreach=False, fused=False))
+    """AdamW, bit for bit, with its moments in memory and in pages; and in 8 bits."""
+    steppers = [AdamW([_weights()], lr=1e-2, weight_decay=0.1),
+                PagedAdamW([_weights()], lr=1e-2, weight_decay=0.1, page_bytes=4096, resident_bytes=8192, backing="disk"),
+                PagedAdamW([_weights()], lr=1e-2, weight_decay=0.1, state_bits=8),
+                torch.optim.AdamW([_weights()], lr=1e-2, weight_decay=0.1, foreach=False, fused=False)]
+    ours, pages, eight, theirs = (stepper.param_groups[0]["params"][0].detach() for stepper in steppers)
     for step in range(50):
-        for parameter, stepper in zip((ours, theirs), steppers, strict=True):
-            parameter.grad = _normal(1000, seed=step + 1)
+        for stepper in steppers:
+            stepper.param_groups[0]["params"][0].grad = _normal(80, 80, seed=step)
             stepper.step()
     yield _exact("weights that differ in a bit from torch's after 50 steps of AdamW", ADAMW, 0, int((ours != theirs).sum()))
+    yield _exact("the same with the moments in a file, two pages of 4 KiB in memory", ADAMW, 0, int((pages != theirs).sum()))
+    start = _weights().detach()
+    yield _most("the same with moments in 8 bits, off in units of what was learnt by", "this README", 0.05,
+                _relative(eight - start, theirs - start))
+    moments = steppers[2].state_dict()["state"][0]
+    kept = sum(moment.numel() * moment.element_size() for name, moment in moments.items() if name != "step")
+    yield _near("bytes a weight of moments in 8 bits", "arXiv 2110.02861: 2 + 2 · 4/256", 2.031, kept / 6400, 0.001, ".3f")
+
+
+def _weights() -> nn.Parameter:
+    return nn.Parameter(_normal(80, 80, seed=99))
 
 
 def _random_model() -> LlamaForCausalLM:

@@ -38,6 +38,7 @@ class Mutation:
 REFERENCE, NF4, CODEBOOKS = "kernels/reference.py", "quant/nf4.py", "quant/codebooks.py"
 LORA, LAYER, MERGE, ADAMW = "layers/lora.py", "layers/nf4_linear.py", "layers/merge.py", "optim/adamw.py"
 MODEL, ROTARY, MASKS, TRAIN = "llama/model.py", "llama/rotary.py", "llama/masks.py", "train.py"
+PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
 QUANT_TESTS = "tests/quant tests/test_testing.py"
 LLAMA_TESTS = "tests/llama/test_model.py tests/peers/test_transformers_logits.py"
@@ -92,7 +93,8 @@ MUTATIONS = (
              LLAMA_TESTS),
     Mutation("RMSNorm without the mean", MODEL, "x32.square().mean(-1, keepdim=True)", "x32.square().sum(-1, keepdim=True)",
              LLAMA_TESTS),
-    Mutation("attention sees the future", MODEL, "is_causal=mask is None and length > 1", "is_causal=False", LLAMA_TESTS),
+    Mutation("attention sees the future", MODEL, "causal, shared = mask is None and q.shape[2] > 1,",
+             "causal, shared = False,", LLAMA_TESTS),
     Mutation("a window one token wide of the mark", MASKS, "columns > rows - window", "columns >= rows - window", LLAMA_TESTS),
     Mutation("padding is attended to", MASKS, "visible & attention_mask[:, None, None, :].bool() | (columns == rows)",
              "visible",
@@ -120,6 +122,24 @@ MUTATIONS = (
              ".add_(eps) / math.sqrt(1 - beta2 ** step))", "tests/optim tests/test_testing.py"),
     Mutation("no bias correction", ADAMW, "step_size = lr / (1 - beta1 ** step)", "step_size = lr",
              "tests/optim tests/test_testing.py"),
+    Mutation("a signed map for the second moment", ADAMW, "(exp_avg_sq, DYNAMIC_8BIT_UNSIGNED, self",
+             "(exp_avg_sq, DYNAMIC_8BIT, self", "tests/optim"),
+    Mutation("a changed page is not written back", PAGER, "            self._dirty.add(page)\n", "            pass\n",
+             "tests/optim"),
+    Mutation("the page in use is put out", PAGER, "        self._resident.move_to_end(page)\n", "", "tests/optim"),
+    Mutation("moments begin where another's end", PAGED, "            self.filled += stop - start\n",
+             "            self.filled += stop - start - 1\n", "tests/optim"),
+    Mutation("a parameter without gradient ages", PAGED, "for param in groups:\n            self._steps",
+             "for param in self._parameters():\n            self._steps", "tests/optim"),
+    Mutation("PiSSA over the whole weight", STARTS, "return weight - left @ right, left, right", "return weight, left, right",
+             "tests/layers/test_starts.py"),
+    Mutation("LoftQ fits the weight, not what was lost", STARTS,
+             "        left, right = low_rank(weight - quantize(rest), r)\n    return",
+             "        left, right = low_rank(weight, r)\n    return", "tests/layers/test_starts.py"),
+    Mutation("a start that forgets the scaling", STARTS, "left / math.sqrt(layer.scaling))", "left)",
+             "tests/layers/test_starts.py"),
+    Mutation("LoRA+ speeds up A", TRAIN, 'if name.endswith("lora_B.weight")]\n    rest',
+             'if name.endswith("lora_A.weight")]\n    rest', "tests/test_own_base.py"),
     Mutation("a cosine that ends at the last step", TRAIN, "/ (total - rising + 1)))", "/ (total - rising)))",
     "tests/test_train.py"),
     Mutation("a label wins by its first token", TRIE, "for depth in range(trie.longest):", "for depth in range(1):",
