@@ -25,12 +25,12 @@ from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import read_tokenizer
 from minilora.loading import load_model
+from minilora.loss import label_loss
 from minilora.optim.adamw import AdamW
 from minilora.optim.paged_adamw import PagedAdamW
 from minilora.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from minilora.quant.codebooks import NF4_CODE, derive_nf4
 from minilora.quant.nf4 import quantize_nf4
-from minilora.train import label_loss
 
 QLORA, LORA, ADAMW = "arXiv 2305.14314", "arXiv 2106.09685", "torch.optim.AdamW"
 WEIGHTS = 1 << 20       # numbers in the sample of normal weights

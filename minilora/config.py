@@ -26,7 +26,8 @@ else:
 
 
 # Settings that a resumed run may change.
-MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device"}
+MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device",
+              "resident_mib", "page_bytes", "backing"}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -69,6 +70,13 @@ class TrainConfig:
     max_length: int = _setting(512, "tokens of prompt and label together; a longer note keeps its head and tail")
     lr: float = _setting(0.0, "peak learning rate; 0 = 2e-4 * 4096 / hidden size (QLoRA's rate at 7B, scaled by width), and a "
                               "tenth of that for tune full")
+    optimizer: Literal["adamw", "paged_adamw"] = _setting(
+        "adamw", "adamw keeps both moments in memory; paged_adamw keeps them in pages, a budget of which is in memory")
+    state_bits: int = _setting(32, "of each moment: 32, or with paged_adamw 8")
+    resident_mib: float = _setting(128.0, "MiB of pages in memory (paged_adamw)")
+    page_bytes: int = _setting(1 << 21, "bytes of a page (paged_adamw)")
+    backing: Literal["auto", "host", "disk"] = _setting(
+        "auto", "where the other pages lie: host memory or a file on disk; auto is the host for a GPU, else the disk")
     warmup: float = _setting(0.05, "share of the steps in which the rate rises from 0; then it falls as a cosine to 0")
     weight_decay: float = _setting(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm; 0 = never")
@@ -105,6 +113,9 @@ class TrainConfig:
             raise ConfigError("tune full changes every weight, which 4-bit ones can't be: add quantize none, or tune lora")
         if self.tune == "full" and self.dtype not in ("auto", "float32"):
             raise ConfigError(f"tune full trains float32 weights (small updates are lost in {self.dtype}): leave dtype auto")
+        if self.state_bits not in (32, 8) or (self.state_bits == 8 and self.optimizer == "adamw"):
+            raise ConfigError(f"state_bits must be 32, or 8 with optimizer paged_adamw, not {self.state_bits} with "
+                              f"{self.optimizer}")
         if self.init_lora_weights == "loftq" and self.quantize == "none":
             raise ConfigError("init_lora_weights loftq makes up for what quantization lost: add quantize nf4, or take pissa")
         self.lora()

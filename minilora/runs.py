@@ -4,7 +4,8 @@
     adapter_config.json  adapter_model.safetensors  minilora.json          written when training ends; after full tuning
     config.json  model.safetensors  minilora.json                          these, i.e. the run folder is the model's
     base/                                                                  the base, where training began by changing it
-    checkpoints/step-000200/    trained.safetensors, optimizer.pt, state.json: the last two are kept
+    checkpoints/step-000200/    trained.safetensors, optimizer.pt, state.json, where the optimizer pages its moments
+                                moments.safetensors: the last two are kept
 
 A checkpoint holds all that the next step depends on: trained weights, moments, random states, and the position, which is one
 number because the order of batches is a function of (seed, epoch).  It is written under another name, synced and renamed,
@@ -28,9 +29,11 @@ from safetensors.torch import load_file, save_file
 from minilora.adapters import read_json_object
 from minilora.errors import CheckpointError, OutputError
 from minilora.files import check_output, disk_reason, new_folder, write_json
+from minilora.llama.safetensors_file import read_header, write_safetensors
+from minilora.optim.paged_adamw import PagedAdamW, StoredState
 
 KEPT = 2
-METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.toml"
+METRICS_FILE, CONFIG_FILE, MOMENTS_FILE = "metrics.jsonl", "config.toml", "moments.safetensors"
 # What torch, safetensors and json raise on a file that was cut short or overwritten.
 UNREADABLE = (CheckpointError, SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, EOFError,
               pickle.UnpicklingError)
@@ -82,10 +85,11 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
     with new_folder(checkpoints / f"step-{position.step:06d}", overwrite=True) as temporary:
         save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()},
                   temporary / "trained.safetensors")
+        if isinstance(optimizer, PagedAdamW):       # what does not fit into memory is not gathered there
+            write_safetensors(temporary / MOMENTS_FILE, optimizer.stored_state())
+        state = torch.optim.Optimizer.state_dict(optimizer) if isinstance(optimizer, PagedAdamW) else optimizer.state_dict()
         try:
-            torch.save({"optimizer": optimizer.state_dict(), "cpu_random": torch.get_rng_state(),
-                        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-                       temporary / "optimizer.pt")
+            torch.save({"optimizer": state, **random_state()}, temporary / "optimizer.pt")
         except RuntimeError as error:       # Trap: torch's way to say that the disk is full
             raise OSError(f"optimizer.pt could not be written ({str(error).splitlines()[0]})") from error
         write_json(temporary / "state.json", {"step": position.step, "metrics_bytes": position.metrics_bytes})
@@ -114,6 +118,8 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
             position = Position(int(state["step"]), int(state["metrics_bytes"]))
             tensors = load_file(path / "trained.safetensors")
             rest = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+            if isinstance(optimizer, PagedAdamW):
+                rest["optimizer"]["state"] = StoredState(read_header(path / MOMENTS_FILE))
         except UNREADABLE as error:
             problem = error
             continue
@@ -142,9 +148,20 @@ def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
     optimizer.load_state_dict(rest["optimizer"])
-    torch.set_rng_state(rest["cpu_random"])
-    if rest["cuda_random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rest["cuda_random"])
+    set_random_state(rest)
+
+
+def random_state() -> dict[str, Any]:
+    """The generators that dropout draws from: "cpu_random" and, a GPU each, "cuda_random"."""
+    return {"cpu_random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to a `random_state`."""
+    torch.set_rng_state(state["cpu_random"])
+    if state["cuda_random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_random"])
 
 
 def cut_metrics(folder: Path, size: int) -> None:

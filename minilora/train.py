@@ -15,29 +15,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from minilora.adapters import save_adapter, save_extra
 from minilora.card import write_model_card
 from minilora.config import TrainConfig
-from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
-from minilora.data.prompts import IGNORED, Example, check_ids, encode_example, load_template, longest_label
+from minilora.data.batches import collate, epoch_batches, steps_per_epoch
+from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
 from minilora.errors import ConfigError, DataError, MiniloraError
 from minilora.hub import resolve_model
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
 from minilora.llama.config import LlamaConfig
-from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
-from minilora.optim.adamw import AdamW
+from minilora.loss import PADDING, validation_loss
+from minilora.optim.paged_adamw import PagedAdamW
 from minilora.own_base import FOLDER, save_base, start_adapters
 from minilora.runs import (
     Position,
@@ -50,10 +48,7 @@ from minilora.runs import (
     peak_bytes,
     save_checkpoint,
 )
-
-MODEL_RATE, MODEL_WIDTH = 2e-4, 4096        # QLoRA, appendix B.2: the rate at 7B, whose hidden size is 4096
-FULL_SHARE = 0.1                            # of that rate where all weights move: full tuning at 7B takes about 2e-5
-PADDING = 0     # Trap: a tokenizer's own padding id may lie past the embedding table; padding is masked, so any id will do
+from minilora.stepping import compute_gradients, learning_rate, make_optimizer, peak_learning_rate, rate_groups
 
 
 @dataclass
@@ -73,61 +68,6 @@ class TrainResult:
     parameters: int
     seconds: float
     peak_bytes: int
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Rate of step 1 … `total`: linear up to `peak` over the first `warmup` share, then half a cosine.
-
-    The cosine would reach 0 one step after the last: no step is wasted, not even that of a run of one step.
-    """
-    rising = max(1, round(total * warmup)) if warmup else 0
-    if step <= rising:
-        return peak * step / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising + 1)))
-
-
-def rate_groups(model: torch.nn.Module, loraplus_lr_ratio: float) -> list[tuple[list[torch.nn.Parameter], float]]:
-    """Trained parameters in groups, with each group's learning rate over the run's.
-
-    LoRA+ (arXiv 2402.12354, section 4): B, which starts at zero, is trained at a higher rate than A.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if loraplus_lr_ratio == 1:
-        return [(list(trained.values()), 1.0)]
-    fast = [parameter for name, parameter in trained.items() if name.endswith("lora_B.weight")]
-    rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_B.weight")]
-    return [(rest, 1.0), (fast, loraplus_lr_ratio)]
-
-
-def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Sum over the batch's label tokens of −log p(token | what stands before it), a float32 scalar.
-
-    Position t predicts token t + 1, so labels are shifted by one against the hidden states.  No attention mask: `collate`
-    pads on the right, where a causal model's earlier positions don't look, and padding carries no loss.
-    """
-    targets = batch.labels[:, 1:]                                                          # (B, T - 1)
-    carries_loss = targets != IGNORED
-    # The last block is needed only where a label token is predicted: L positions a row, those of short labels filled up.
-    longest = int(carries_loss.sum(1).max())
-    at = carries_loss.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]     # (B, L)
-    wanted = carries_loss.gather(1, at)
-    logits = model.lm_head(model.hidden(batch.input_ids, at=at)[wanted])                   # (label tokens, vocab)
-    return F.cross_entropy(logits.float(), targets.gather(1, at)[wanted], reduction="sum")
-
-
-@torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, examples: list[Example], batch_size: int) -> float:
-    """Mean −log p over the label tokens of all examples; the model is put back into its mode."""
-    was_training = model.training
-    model.eval()
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    total, tokens = 0.0, 0
-    for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size], PADDING).to(model.device)
-        total += float(label_loss(model, batch))
-        tokens += batch.label_tokens
-    model.train(was_training)
-    return total / tokens
 
 
 def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: list[str] | None, vocab_rows: int
@@ -210,11 +150,11 @@ def train(config: TrainConfig) -> TrainResult:
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
     groups = rate_groups(model, config.loraplus_lr_ratio)
-    optimizer = AdamW([{"params": parameters} for parameters, _ in groups], lr=0.0, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(groups, config, device)
     total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
     if config.max_steps:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
-    peak_rate = config.lr or MODEL_RATE * MODEL_WIDTH / llama.hidden_size * (FULL_SHARE if full else 1)
+    peak_rate = peak_learning_rate(config, llama.hidden_size)
 
     open_run(out, config.resume, config.overwrite)
     config.save(out / "config.toml")
@@ -234,15 +174,14 @@ def train(config: TrainConfig) -> TrainResult:
         step_started = time.perf_counter()
         step = position.step + 1
         batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
-        label_tokens = sum(batch.label_tokens for batch in batches)
         rate = learning_rate(step, total, peak_rate, config.warmup)
         for group, (_, relative) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = rate * relative
-        loss = 0.0
-        for batch in batches:
-            part = label_loss(model, batch) / label_tokens
-            part.backward()
-            loss += float(part.detach())
+        gradients = compute_gradients(model, batches, optimizer)
+        loss = gradients.loss
+        if gradients.evicted_bytes:
+            progress.write(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.0f} MB of optimizer pages were put "
+                           "out, and the step was done again")
         norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
                                                           config.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -259,6 +198,8 @@ def train(config: TrainConfig) -> TrainResult:
         tokens_done, training_seconds = tokens_done + tokens, training_seconds + seconds
         line = {"step": step, "loss": loss, "lr": rate, "tokens": tokens, "seconds": round(seconds, 4),
                 "peak_bytes": peak_bytes(device), "grad_norm": norm}
+        if isinstance(optimizer, PagedAdamW):
+            line |= {"evicted_bytes": gradients.evicted_bytes, **asdict(optimizer.counters)}
         if validation and (step == total or (config.eval_every and step % config.eval_every == 0)):
             line["val_loss"] = val_loss = validation_loss(model, validation, config.batch_size)
         position.metrics_bytes = append_metrics(out, line)

@@ -30,9 +30,10 @@ from minilora.files import check_output, write_json
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import base_only
 from minilora.llama.model import LlamaForCausalLM
+from minilora.loss import validation_loss
 from minilora.predict import Prediction, Predictor
 from minilora.score import predict_all, score_predictions
-from minilora.train import train, validation_loss
+from minilora.train import train
 
 DEMO = "QLoRA, NF4 + double quantization"
 BASES: dict[str, dict[str, Any]] = {

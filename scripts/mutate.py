@@ -37,7 +37,8 @@ class Mutation:
 
 REFERENCE, NF4, CODEBOOKS = "kernels/reference.py", "quant/nf4.py", "quant/codebooks.py"
 LORA, LAYER, MERGE, ADAMW = "layers/lora.py", "layers/nf4_linear.py", "layers/merge.py", "optim/adamw.py"
-MODEL, ROTARY, MASKS, TRAIN = "llama/model.py", "llama/rotary.py", "llama/masks.py", "train.py"
+MODEL, ROTARY, MASKS = "llama/model.py", "llama/rotary.py", "llama/masks.py"
+LOSS, STEPPING = "loss.py", "stepping.py"
 PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
 QUANT_TESTS = "tests/quant tests/test_testing.py"
@@ -101,8 +102,8 @@ MUTATIONS = (
              LLAMA_TESTS),
     Mutation("SwiGLU gates with the other half", MODEL, "F.silu(self.gate_proj(x)) * self.up_proj(x)",
              "self.gate_proj(x) * F.silu(self.up_proj(x))", LLAMA_TESTS),
-    Mutation("loss not shifted", TRAIN, "targets = batch.labels[:, 1:]", "targets = batch.labels[:, :-1]", TRAIN_TESTS),
-    Mutation("mean of micro-batch means", TRAIN, "part = label_loss(model, batch) / label_tokens",
+    Mutation("loss not shifted", LOSS, "targets = batch.labels[:, 1:]", "targets = batch.labels[:, :-1]", TRAIN_TESTS),
+    Mutation("mean of micro-batch means", STEPPING, "part = label_loss(model, batch) / label_tokens",
              "part = label_loss(model, batch) / batch.label_tokens / len(batches)", TRAIN_TESTS),
     Mutation("loss on the prompt", PROMPTS, "labels=[IGNORED] * len(prompt.input_ids) + answer",
              "labels=prompt.input_ids + answer", "tests/data tests/test_train.py"),
@@ -138,9 +139,9 @@ MUTATIONS = (
              "        left, right = low_rank(weight, r)\n    return", "tests/layers/test_starts.py"),
     Mutation("a start that forgets the scaling", STARTS, "left / math.sqrt(layer.scaling))", "left)",
              "tests/layers/test_starts.py"),
-    Mutation("LoRA+ speeds up A", TRAIN, 'if name.endswith("lora_B.weight")]\n    rest',
+    Mutation("LoRA+ speeds up A", STEPPING, 'if name.endswith("lora_B.weight")]\n    rest',
              'if name.endswith("lora_A.weight")]\n    rest', "tests/test_own_base.py"),
-    Mutation("a cosine that ends at the last step", TRAIN, "/ (total - rising + 1)))", "/ (total - rising)))",
+    Mutation("a cosine that ends at the last step", STEPPING, "/ (total - rising + 1)))", "/ (total - rising)))",
     "tests/test_train.py"),
     Mutation("a label wins by its first token", TRIE, "for depth in range(trie.longest):", "for depth in range(1):",
              "tests/test_trie.py"),

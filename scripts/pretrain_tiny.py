@@ -27,8 +27,9 @@ from minilora.data.radiology.corpus import documents, encode_documents
 from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import read_tokenizer
+from minilora.loss import label_loss
 from minilora.optim.adamw import AdamW
-from minilora.train import label_loss, learning_rate
+from minilora.stepping import learning_rate
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 PAD_ID = 2

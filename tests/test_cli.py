@@ -392,9 +392,9 @@ def test_an_output_below_a_file_ends_with_one_line(tmp_path: Path, refused: Refu
 
 def test_a_loss_that_is_not_finite_ends_with_one_line(world: Path, tmp_path: Path, call: Call,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = importlib.import_module("minilora.train")
-    label_loss = loop.label_loss
-    monkeypatch.setattr(loop, "label_loss", lambda model, batch: label_loss(model, batch) * float("nan"))
+    stepping = importlib.import_module("minilora.stepping")
+    label_loss = stepping.label_loss
+    monkeypatch.setattr(stepping, "label_loss", lambda model, batch: label_loss(model, batch) * float("nan"))
     code, out, err = call(*train_words(world, tmp_path / "run"))
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("minilora: step 1: loss nan") and "rows [" in err and SECRET not in err

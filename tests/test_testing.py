@@ -16,9 +16,9 @@ from minilora.data.batches import collate
 from minilora.data.prompts import Example
 from minilora.layers.lora import LoRALinear
 from minilora.llama.model import LlamaForCausalLM
+from minilora.loss import label_loss
 from minilora.optim.adamw import AdamW
 from minilora.quant.codebooks import DYNAMIC_8BIT, dynamic_map
-from minilora.train import label_loss
 from tests.models import write_model
 
 POSTED = [-1.0, -0.6962, -0.525, -0.394, -0.284, -0.18, -0.076, 0.0, 0.076, 0.18, 0.284, 0.394, 0.525, 0.6962, 1.0]

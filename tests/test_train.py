@@ -36,12 +36,14 @@ from minilora.data.prompts import IGNORED, Example, encode_example, load_templat
 from minilora.layers.lora import ALL_LINEARS, LoRAConfig
 from minilora.layers.qlora import lora_layers
 from minilora.llama.model import LlamaForCausalLM
+from minilora.loss import label_loss, validation_loss
 from minilora.predict import Predictor
-from minilora.train import label_loss, learning_rate, validation_loss
+from minilora.stepping import learning_rate
 from tests.models import write_model
 from tests.notes import LABELS, SECRET, notes, write_csv
 
 loop = importlib.import_module("minilora.train")       # the attribute of the package is the function
+stepping = importlib.import_module("minilora.stepping")
 STEPS = 6
 METRICS = ["step", "loss", "lr", "tokens", "seconds", "peak_bytes"]
 RUN_FILES = {"config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
@@ -490,7 +492,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(config: TrainConfig,
         seen.append(batch.rows)
         return label_loss(model, batch) * (math.nan if len(seen) > 4 else 1)    # two micro-batches a step: from step 3 on
 
-    monkeypatch.setattr(loop, "label_loss", broken)
+    monkeypatch.setattr(stepping, "label_loss", broken)
     with pytest.raises(MiniloraError) as caught:
         train(config)
     message = str(caught.value)
@@ -505,7 +507,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(config: TrainC
         weight = next(p for p in model.parameters() if p.requires_grad)
         return label_loss(model, batch) + (weight.sum() * 0).sqrt()     # adds 0, with the derivative 1 / (2 * sqrt(0)) * 0
 
-    monkeypatch.setattr(loop, "label_loss", broken)
+    monkeypatch.setattr(stepping, "label_loss", broken)
     with pytest.raises(MiniloraError, match=r"step 1: loss \d.* with gradient norm nan"):
         train(config)
 

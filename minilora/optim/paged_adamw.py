@@ -13,7 +13,7 @@ parameters equal ``torch.optim.AdamW(foreach=False, fused=False)`` to the bit.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, ConfigError
+from minilora.llama.safetensors_file import Pending, TensorEntry, read_tensor
 from minilora.optim.adamw import BLOCKSIZE_8BIT, AdamW, Moments8bit, adamw_update, adamw_update_8bit
 from minilora.optim.paged import PAGE_BYTES, Pager, PagerCounters, in_order
 
@@ -82,6 +83,28 @@ class _Region:
         second = n // BLOCKSIZE_8BIT + block
         return Moments8bit(page[piece.at : piece.at + count], page[n + piece.at : n + piece.at + count],
                            constants[block : block + blocks], constants[second : second + blocks])
+
+
+class StoredState(Mapping[int, dict[str, Tensor]]):
+    """The state of a `PagedAdamW` in a file: index of a parameter -> its tensors, read when they are asked for.
+
+    Args: entries: of the file that `PagedAdamW.stored_state` was written to.
+    """
+
+    def __init__(self, entries: dict[str, TensorEntry]) -> None:
+        self._entries: dict[int, dict[str, TensorEntry]] = {}
+        for key, entry in entries.items():
+            index, _, name = key.partition(".")
+            self._entries.setdefault(int(index), {})[name] = entry
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: read_tensor(entry) for name, entry in self._entries[index].items()}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 class PagedAdamW(AdamW):
@@ -184,45 +207,55 @@ class PagedAdamW(AdamW):
             content = self.pager.use(piece.page, following.page if following else None, write)
             yield piece, self._regions[self._bits(param)].moments(content, piece)
 
-    @torch.no_grad()
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """Step and moments of a parameter that was updated before, copied out of the pages."""
+        fields = FIELDS[self._bits(param)]
+        state = {name: torch.empty(-(-param.numel() // share), dtype=dtype, device=param.device)
+                 for name, dtype, share in fields}
+        for piece, moments in self._moments(param, write=False):
+            for (name, _, share), moment in zip(fields, moments, strict=True):
+                state[name][piece.start // share : -(-piece.stop // share)] = moment
+        if self._bits(param) == 32:
+            state = {name: moment.view(param.shape) for name, moment in state.items()}
+        return {"step": torch.tensor(float(self._steps[param])), **state}
+
+    def _updated(self) -> list[tuple[int, Tensor]]:
+        return [(index, param) for index, param in enumerate(self._parameters()) if param in self._steps]
+
     def state_dict(self) -> dict[str, Any]:
-        """torch's format: step, exp_avg and exp_avg_sq of each parameter, copied out of the pages.
+        """torch's format: step, exp_avg and exp_avg_sq of each parameter, copied out of the pages: all of it, in memory.
 
         Moments in 8 bits are flat codes, with their constants as exp_avg_absmax and exp_avg_sq_absmax.
         """
         packed = super().state_dict()
-        self._place_all()
-        for index, param in enumerate(self._parameters()):
-            if param not in self._steps:
-                continue
-            fields = FIELDS[self._bits(param)]
-            state = {name: torch.empty(-(-param.numel() // share), dtype=dtype, device=param.device)
-                     for name, dtype, share in fields}
-            for piece, moments in self._moments(param, write=False):
-                for (name, _, share), moment in zip(fields, moments, strict=True):
-                    state[name][piece.start // share : -(-piece.stop // share)] = moment
-            if len(fields) == 2:
-                state = {name: moment.view(param.shape) for name, moment in state.items()}
-            packed["state"][index] = {"step": torch.tensor(float(self._steps[param])), **state}
+        packed["state"] = {index: self._state_of(param) for index, param in self._updated()}
         return packed
+
+    def stored_state(self) -> list[Pending]:
+        """The same tensors, each made when it is written, as "<index>.<name>"; `StoredState` reads them back."""
+        def pending(index: int, param: Tensor, name: str, dtype: torch.dtype, size: int) -> Pending:
+            return Pending(f"{index}.{name}", dtype, (size,), lambda: self._state_of(param)[name].reshape(-1))
+
+        return [pending(index, param, name, dtype, -(-param.numel() // share)) for index, param in self._updated()
+                for name, dtype, share in (*FIELDS[self._bits(param)], ("step", torch.float32, param.numel()))]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of torch's AdamW, or of this one in 32 or 8 bits; it is rounded or decoded where the form differs.
 
+        Its ``state`` may be a `StoredState`, which is then in memory a parameter at a time.
+
         Raises: ValueError: groups of other sizes (from torch). CheckpointError: a moment does not fit its parameter.
         """
-        saved = [state_dict["state"].get(index) for group in state_dict["param_groups"] for index in group["params"]]
-        for state, param in zip(saved, self._parameters(), strict=False):
-            fields = FIELDS[8 if state and "exp_avg_absmax" in state else 32]
-            if state and not ("step" in state and all(name in state and state[name].numel() == -(-param.numel() // share)
-                                                      for name, _, share in fields)):
-                raise CheckpointError(f"the optimizer's state does not fit a parameter of {tuple(param.shape)}; it is of "
-                                      "another model, or of other LoRA settings")
+        saved = state_dict["state"]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, param in zip(indices, self._parameters(), strict=False):
+            _check_fit(saved.get(index), param)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._place_all()
         self._steps = {}
-        for state, param in zip(saved, self._parameters(), strict=True):
+        for index, param in zip(indices, self._parameters(), strict=True):
+            state = saved.get(index)
             if state:
                 self._steps[param] = int(state["step"])
             self._load(param, state or {})
@@ -243,3 +276,13 @@ class PagedAdamW(AdamW):
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+
+def _check_fit(state: dict[str, Tensor] | None, param: Tensor) -> None:
+    if not state:
+        return
+    fields = FIELDS[8 if "exp_avg_absmax" in state else 32]
+    if "step" not in state or any(name not in state or state[name].numel() != -(-param.numel() // share)
+                                  for name, _, share in fields):
+        raise CheckpointError(f"the optimizer's state does not fit a parameter of {tuple(param.shape)}; it is of another "
+                              "model, or of other LoRA settings")

@@ -23,7 +23,7 @@ from minilora import (
 from minilora.layers.lora import dense_weight
 from minilora.layers.qlora import lora_layers
 from minilora.own_base import start_adapters
-from minilora.train import rate_groups
+from minilora.stepping import rate_groups
 from tests.models import write_model
 from tests.notes import notes, write_csv
 

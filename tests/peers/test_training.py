@@ -18,7 +18,8 @@ from minilora import LoRAConfig, TrainConfig, add_lora, load_model, load_tokeniz
 from minilora.data.batches import collate, epoch_batches, steps_per_epoch
 from minilora.data.tables import label_set
 from minilora.llama.bnb_format import save_quantized
-from minilora.train import encode_table, learning_rate
+from minilora.stepping import learning_rate
+from minilora.train import encode_table
 from tests.models import write_model
 from tests.notes import notes, write_csv
 
