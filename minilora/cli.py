@@ -144,6 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
     sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    sub = command("bench", _bench, "measure the figures of the README here, ours beside a peer, in turns, as ratios")
+    sub.add_argument("--only", nargs="+", metavar="PART", help="the measurements whose name holds one of these")
+    sub.add_argument("--json", metavar="FILE", help="write the rows there as well, as a list of objects")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 
@@ -234,6 +239,24 @@ def _audit(args: argparse.Namespace) -> None:
     if failed:
         raise MiniloraError(f"{failed} of {len(claims)} claims do not hold here")
     print(f"all {len(claims)} claims hold")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from minilora.bench import BENCHES, bench, format_row
+    from minilora.files import check_output, write_json
+    if args.json:
+        check_output(args.json, args.overwrite)
+    rows = []
+    for row in bench(args.only):
+        rows.append(row)
+        print(format_row(row), flush=True)
+    if not rows:
+        raise ConfigError(f"--only: no measurement is called so; there are {', '.join(call.__name__ for call in BENCHES)}")
+    if args.json:
+        write_json(args.json, [dataclasses.asdict(row) for row in rows])
+    missed = [row.name for row in rows if not row.ok]
+    if missed:
+        raise MiniloraError(f"below the limit here: {', '.join(missed)}")
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
