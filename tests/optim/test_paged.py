@@ -1,6 +1,7 @@
 """The pager against a dictionary of pages: what it gives out, what it keeps in memory, what it counts, how it fails."""
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import ConfigError, OutputError
+from minilora import ConfigError, OutputError, testing
 from minilora.optim.paged import SMALLEST_PAGE, FileBacking, Pager, in_order
 
 Backing = Literal["host", "disk"]
@@ -40,6 +41,20 @@ def test_every_page_reads_as_it_was_last_written(backing: Backing, frames: int, 
             assert pager.evict() >= SMALLEST_PAGE and pager.resident_bytes == 0
     for page, value in enumerate(expected):
         assert torch.equal(pager.use(page, write=False), filled(value))
+    pager.close()
+
+
+@settings(max_examples=80, deadline=None)
+@given(accesses=testing.page_accesses(pages=7), frames=st.integers(2, 5), backing=st.sampled_from(["host", "disk"]))
+def test_it_does_what_the_specification_does(accesses: list[tuple[int, bool]], frames: int, backing: Backing) -> None:
+    pager = Pager(SMALLEST_PAGE, frames * SMALLEST_PAGE, backing)
+    pager.grow(7)
+    for access, (missing, leaving, written_back) in zip(accesses, testing.pager(accesses, frames), strict=True):
+        before = dataclasses.replace(pager.counters)
+        pager.use(access[0], write=access[1])
+        assert (pager.counters.faults - before.faults, pager.counters.evictions - before.evictions) == \
+            (missing, leaving is not None), access
+        assert pager.counters.bytes_out - before.bytes_out == written_back * SMALLEST_PAGE, access
     pager.close()
 
 
