@@ -114,6 +114,11 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """What `step` does once the gradients are there."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -126,4 +131,3 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 adamw_update(param, param.grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]),
                              group["lr"], group["betas"], group["eps"], group["weight_decay"])
-        return loss

@@ -13,10 +13,10 @@ parameters equal ``torch.optim.AdamW(foreach=False, fused=False)`` to the bit.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -159,18 +159,9 @@ class PagedAdamW(AdamW):
                 for piece in self._places[param]:
                     self._on_page.setdefault(piece.page, []).append(piece)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def update(self) -> None:
         """Update every parameter that has a gradient; the others keep their step count, and their pages stay where they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         self._place_all()       # groups may have been added
         groups = {param: group for group in self.param_groups for param in group["params"] if param.grad is not None}
         for param in groups:
@@ -187,7 +178,6 @@ class PagedAdamW(AdamW):
             if values.data_ptr() != param.data_ptr():       # it does not lie in memory in one piece: a copy was updated
                 param.copy_(values.view_as(param))
         self._backwards = not self._backwards
-        return loss
 
     def _update(self, piece: _Piece, content: Tensor, values: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
         exact, grad = values.float(), grads.float()         # themselves, where they are float32
