@@ -39,8 +39,9 @@ DEMO = "QLoRA, NF4 + double quantization"
 BASES: dict[str, dict[str, Any]] = {
     "LoRA on 16-bit weights": {"quantize": "none"}, "QLoRA, NF4": {"double_quant": False}, DEMO: {}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "rsLoRA: alpha/√r": {"use_rslora": True}, "DoRA": {"use_dora": True}, "LoRA+: B at 4 times the rate of A":
-    {"loraplus_lr_ratio": 4.0}, "PiSSA": {"init_lora_weights": "pissa"}, "LoftQ": {"init_lora_weights": "loftq"}}
+    "rsLoRA (alpha 32: four times the update)": {"use_rslora": True}, "DoRA": {"use_dora": True},
+    "LoRA+ (A at half the rate, B at twice)": {"lr": SETTINGS["lr"] / 2, "loraplus_lr_ratio": 4.0},
+    "PiSSA": {"init_lora_weights": "pissa"}, "LoftQ": {"init_lora_weights": "loftq"}}
 BAG_OF_WORDS = "TF-IDF + logistic regression"
 HELD_OUT_SEED = 2       # of the documents for the perplexity; pretraining saw those of another seed
 

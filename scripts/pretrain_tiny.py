@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the small base model that ships: tokenizer, pretraining from scratch, model card.
 
-    python scripts/pretrain_tiny.py --out tiny          # 75 minutes on two cores
+    python scripts/pretrain_tiny.py --out tiny          # 85 minutes on two cores
 
 The folder is what ships in minilora/assets/tiny.  The text comes from `minilora.data.radiology.corpus`: unlabelled
 notes, findings, definitions, and notes with a reading of what they say.  No document holds a note and a protocol label, so
