@@ -68,10 +68,10 @@ def test_no_held_out_note_and_no_worked_example_stands_in_the_corpus(texts: list
     assert not any(is_worked_example(text) for text in texts)
 
 
-def test_four_fifths_are_notes(texts: list[str]) -> None:
+def test_five_sixths_are_notes(texts: list[str]) -> None:
     kinds = Counter(_kind(text) for text in texts)
-    assert 0.77 < kinds["note"] / len(texts) < 0.83
-    assert 0.08 < kinds["definitions"] / len(texts) < 0.12 and 0.08 < kinds["findings"] / len(texts) < 0.12
+    assert 0.81 < kinds["note"] / len(texts) < 0.87
+    assert 0.06 < kinds["definitions"] / len(texts) < 0.1 and 0.06 < kinds["findings"] / len(texts) < 0.1
 
 
 def test_the_same_seed_gives_the_same_documents_and_the_first_do_not_depend_on_how_many() -> None:
@@ -89,7 +89,18 @@ def test_a_note_that_is_read_is_given_and_every_other_document_is_told() -> None
                 assert re.match(r"(Gist|In short|It says|Summary): |[A-Z][^?]*\? ", line) and line.endswith("."), line
         else:
             told += 1
-    assert 0.66 < given / (given + told) < 0.74
+    assert 0.74 < given / (given + told) < 0.82
+
+
+def test_a_gist_has_its_two_parts_in_either_order() -> None:
+    """So the model cannot wait with one of them: what a label's first word hangs on is known before it."""
+    meanings = set(MEANINGS.values())
+    gists = [line.partition(": ")[2].rstrip(".").split("; ") for document in documents(seed=3, n=1500)
+             for line in document.told.split("\n") if re.match(r"(Gist|In short|It says|Summary): ", line)]
+    assert len(gists) > 900 and all(len(parts) == 2 for parts in gists)
+    first = [parts[0] in meanings for parts in gists]
+    assert all(parts[not leads] in meanings for parts, leads in zip(gists, first, strict=True))
+    assert 0.45 < sum(first) / len(first) < 0.55
 
 
 def test_only_what_is_told_carries_loss() -> None:
