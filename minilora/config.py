@@ -146,10 +146,12 @@ class TrainConfig:
         Raises: ConfigError: the run's config.toml differs, or cannot be read.
         """
         before, now = read_toml(path), self.settings()
-        for name in now.keys() - MAY_CHANGE:
-            if name in before and before[name] != now[name]:
-                raise ConfigError(f"resume: {name} is {now[name]!r} and was {before[name]!r} in {path}; give it as before, or "
-                                  "start another run")
+        defaults = {setting.name: setting.default for setting in dataclasses.fields(self)}
+        for name in sorted(now.keys() - MAY_CHANGE):
+            was = before.get(name, defaults[name])      # an older run's file lacks what was not a setting yet
+            if was != now[name] and was != tuple(now[name] if isinstance(now[name], list) else ()):
+                raise ConfigError(f"resume: {name} is {now[name]!r} and was {was!r} in {path}; give it as before, or start "
+                                  "another run")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -85,8 +85,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # Trap: on the CPU the backward of attention is four times slower in bfloat16 than in float32 (torch 2.13), also where it
     # is autocast that asks for bfloat16.
     if q.requires_grad and q.device.type == "cpu":
+        wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal,
+            return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask, is_causal=causal,
                                                   enable_gqa=shared)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 

@@ -40,11 +40,12 @@ def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
     Guarantee: bits of torch's single-tensor AdamW (tests/optim/test_adamw.py).
     """
     beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     step_size = lr / (1 - beta1 ** step)
-    denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2 ** step)).add_(eps)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2 ** step)).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-step_size)
 
 

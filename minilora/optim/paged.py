@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,16 @@ class Backing(Protocol):
         """Copy fast memory into a page. Raises: OSError."""
 
 
+def _copy(into: Tensor, source: Tensor | int) -> None:
+    """Fill a page's bytes with those of another, or with one value."""
+    if into.device.type == "cuda" or (isinstance(source, Tensor) and source.device.type == "cuda"):
+        into.copy_(source, non_blocking=True) if isinstance(source, Tensor) else into.fill_(source)
+    else:
+        # Trap: torch would start OpenMP threads for the pager's own thread too.  With more of them than cores OpenMP no longer
+        # spins but sleeps between two operations, and on two cores all arithmetic of the program takes twice as long.
+        np.copyto(into.numpy(), source.numpy() if isinstance(source, Tensor) else source)
+
+
 class HostBacking:
     """Pages in host memory; pinned where a GPU reads them, without which its copies would not run beside its work."""
 
@@ -78,11 +89,11 @@ class HostBacking:
 
     def read(self, page: int, frame: Tensor) -> None:
         """See `Backing`."""
-        frame.copy_(self.pages[page], non_blocking=True)
+        _copy(frame, self.pages[page])
 
     def write(self, page: int, frame: Tensor) -> None:
         """See `Backing`."""
-        self.pages[page].copy_(frame, non_blocking=True)
+        _copy(self.pages[page], frame)
 
 
 class FileBacking:
@@ -163,7 +174,6 @@ class Pager:
         except OSError as error:
             raise OutputError(f"cannot make {self.where}: {disk_reason(error)}") from error
         self._resident: OrderedDict[int, Tensor] = OrderedDict()       # page -> frame, the least recently used first
-        self._spare: list[Tensor] = []
         self._frames = 0
         self._dirty: set[int] = set()           # resident, and written to since they were read
         self._kept: set[int] = set()            # ever written back
@@ -225,10 +235,9 @@ class Pager:
                 self._put_out(page, frame)
             if self._stream is not None:
                 torch.cuda.current_stream(self.device).synchronize()       # the frames are read until then
-        except OSError as error:
+        except Exception as error:
             self._break(error)
         self._resident.clear()
-        self._spare.clear()
         self._frames = 0
         return freed
 
@@ -250,9 +259,7 @@ class Pager:
         """Begin to bring a page in; the page worked on at present is the most recently used, so it stays."""
         self.counters.faults += 1
         leaving: int | None = None
-        if self._spare:
-            frame = self._spare.pop()
-        elif self._frames < self.most_frames:
+        if self._frames < self.most_frames:
             frame = torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
             self._frames += 1
         else:
@@ -273,7 +280,7 @@ class Pager:
             self._backing.read(page, frame)
             self.counters.bytes_in += self.page_bytes
         else:
-            frame.zero_()
+            _copy(frame, 0)
 
     def _arrive(self) -> None:
         """Wait for the page that is on its way, if one is."""
@@ -286,7 +293,7 @@ class Pager:
                 move.done.result()
             else:
                 torch.cuda.current_stream(self.device).wait_event(move.done)
-        except OSError as error:
+        except Exception as error:      # whatever it was, a page may be lost, and would be read as an older one
             self._break(error)
         self.counters.stall_seconds += time.perf_counter() - started
         self._resident[move.page] = move.frame
@@ -295,7 +302,7 @@ class Pager:
         if self._broken is not None:
             raise OutputError(self._broken)
 
-    def _break(self, error: OSError) -> None:
+    def _break(self, error: Exception) -> None:
         self._broken = (f"{self.where} failed ({disk_reason(error)}): the optimizer's state is lost; free some space, then go "
                         "on from the last checkpoint with --resume")
         raise OutputError(self._broken) from error
