@@ -141,6 +141,28 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder to create")
     _out_flags(sub)
 
+    sub = command("memory", _memory, "say what a run will take, before anything is loaded: full fine-tuning, LoRA and QLoRA")
+    sub.add_argument("--model", required=True,
+                     help="110m, 1.1b, 7b, 8b or 70b (shapes), tiny, a folder, or a hub id (config.json alone is fetched)")
+    sub.add_argument("--batch", "--batch-size", type=int, default=1, metavar="N", help="notes per micro-batch")
+    sub.add_argument("--seq", "--max-length", type=int, default=512, metavar="N", help="tokens of each")
+    sub.add_argument("--label-tokens", type=int, default=16, metavar="N", help="of these, tokens that carry loss")
+    sub.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per optimizer step")
+    sub.add_argument("--r", type=int, default=16, metavar="N", help="rank of the update, on all seven linears")
+    sub.add_argument("--optimizer", choices=("adamw", "paged_adamw"), default="adamw", help="as in train")
+    sub.add_argument("--state-bits", type=int, choices=(32, 8), default=32, help="of each moment")
+    sub.add_argument("--resident-mib", type=float, default=128.0, metavar="X", help="MiB of pages in memory (paged_adamw)")
+    sub.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                     help="recompute activations in backward")
+    sub.add_argument("--dtype", default="bfloat16", help="compute type of LoRA and QLoRA: float32, bfloat16 or float16")
+    sub.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
+                     help="quantize the block constants as well")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    sub.add_argument("--measure", nargs="+", choices=("full", "lora", "qlora"), default=[], metavar="KIND",
+                     help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
+    sub.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
     sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
     sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -222,6 +244,27 @@ def _predict(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from minilora.convert import merge_folder
     print(merge_folder(args.model, args.adapter, args.out, args.into, args.device, args.pad_vocab, args.overwrite, args.quiet))
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from minilora.files import check_output, write_json
+    from minilora.loading import pick_device, pick_dtype
+    from minilora.memory import Workload
+    from minilora.memory_table import as_object, describe, plan, table
+    from minilora.shapes import shape_of
+    if args.json:
+        check_output(args.json, args.overwrite)
+    device = pick_device(args.device)
+    pages = int(args.resident_mib * 2 ** 20) if args.optimizer == "paged_adamw" else None
+    work = Workload("qlora", args.batch, args.seq, min(args.label_tokens, args.seq), args.r,
+                    compute=pick_dtype(args.dtype, device), double_quant=args.double_quant,
+                    gradient_checkpointing=args.gradient_checkpointing, accumulate=args.accumulate,
+                    state_bits=args.state_bits, resident_bytes=pages, on_gpu=device.type == "cuda")
+    print(describe(args.model, shape_of(args.model), work))
+    columns = plan(args.model, work, measured=args.measure, device=str(device))
+    print(table(columns))
+    if args.json:
+        write_json(args.json, [as_object(column) for column in columns])
 
 
 def _audit(args: argparse.Namespace) -> None:

@@ -181,8 +181,8 @@ def train(config: TrainConfig) -> TrainResult:
         gradients = compute_gradients(model, batches, optimizer)
         loss = gradients.loss
         if gradients.evicted_bytes:
-            warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages were put out, "
-                          "and the step was done again", stacklevel=2)
+            warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages were put "
+                          "out, and the step was done again", stacklevel=2)
         norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
                                                           config.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
