@@ -106,6 +106,11 @@ class Measured:
     step: int
     losses: tuple[float, ...] = ()
 
+    @property
+    def peak(self) -> int:
+        """The larger of both."""
+        return max(self.backward, self.step)
+
 
 def run(config: LlamaConfig, work: Workload, device: str = "cpu", folder: str | None = None) -> Measured:
     """Take `STEPS` optimizer steps here and read what the last one took; meant for a process of its own.

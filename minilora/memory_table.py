@@ -80,8 +80,8 @@ def table(columns: Sequence[Column]) -> str:
     lines = ["  " + f"{'':<16}" + "".join(f"{head:>14}" for head in heads)]
     for name, symbol in PARTS.items():
         lines.append(_row(f"{symbol} {name}", [_both(column, name) for column in columns]))
-    lines.append(_row("= peak", [(max(column.peaks), None if column.measured is None else
-                                  max(column.measured.backward, column.measured.step)) for column in columns]))
+    lines.append(_row("= peak", [(max(column.peaks), None if column.measured is None else column.measured.peak)
+                                 for column in columns]))
     if any(column.parts.paged for column in columns):
         lines.append(_row("  paged out", [_both(column, "paged") for column in columns]))
     lines.append(f"  {'to have':<16}" + "".join(f"{to_have(column):>14}" + ("" if column.measured is None else " " * 14)
