@@ -141,6 +141,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder to create")
     _out_flags(sub)
 
+    sub = command("report", _report, "write a run as one HTML page: training, memory, scores, errors, settings")
+    sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
+    sub.add_argument("--out", help="page to write (default: report.html in the run folder)")
+    sub.add_argument("--evaluation", metavar="DIR", help="what evaluate wrote (default: the only evaluation inside RUN, or beside it "
+                                                         "where no other run lies)")
+    sub.add_argument("--show-text", action="store_true",
+                     help="show the hardest notes; they are patient data: the page is then readable by its owner alone")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing page")
+
     sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
     sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -222,6 +231,11 @@ def _predict(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from minilora.convert import merge_folder
     print(merge_folder(args.model, args.adapter, args.out, args.into, args.device, args.pad_vocab, args.overwrite, args.quiet))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from minilora.report import write_report
+    print(write_report(args.folder, args.out, args.evaluation, args.show_text, args.overwrite))
 
 
 def _audit(args: argparse.Namespace) -> None:

@@ -1,0 +1,154 @@
+"""Which label is taken for which: a heat map that stays readable with dozens of labels, and the errors as a list.
+
+Most cells of a good model are empty, and most labels are rarely wrong, so of a large set only the labels in an error are drawn.
+Neighbours are confused with each other: labels of one modality and region stand together where their names say one; others are
+lined up so that each follows the one it is most often confused with.
+"""
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from minilora.clinical import clinical_difference, read_protocol
+from minilora.metrics import Ints
+from minilora.report.markup import Child, Markup, table, tag
+from minilora.report.parts import percent, shortened
+from minilora.report.scorefiles import ScoreFiles
+from minilora.report.svg import picture
+
+DRAW_ALL = 20           # labels up to which even those without an error are drawn
+MOST_DRAWN = 60
+LISTED, CLOSE_LISTED = 15, 8
+OUTSIDE = "no label of the set"
+UNSAID = "their names do not say"
+
+
+def confusion_matrix(found: ScoreFiles) -> Ints:
+    """(labels, labels) rows by reference and prediction; the last label is `OTHER`."""
+    classes = len(found.names)
+    return np.bincount(found.reference * classes + found.prediction, minlength=classes * classes).reshape(classes, classes)
+
+
+def by_protocol(names: list[str]) -> list[int] | None:
+    """An order of labels by modality, region and name; None where fewer than half of the names say a modality."""
+    words = [read_protocol(name) for name in names]
+    if 2 * sum(word.modality is not None for word in words) < len(names):
+        return None
+    return sorted(range(len(names)), key=lambda i: (words[i].modality or "~", sorted(words[i].regions), names[i]))
+
+
+def by_confusion(errors: Ints) -> list[int]:
+    """An order of labels in which each follows the one that it is most often confused with, the worst first.
+
+    Args: errors: (labels, labels), zero on the diagonal.
+    """
+    both = errors + errors.T
+    left, order = list(range(len(errors))), list[int]()
+    while left:
+        last = order[-1] if order and both[order[-1], left].any() else None
+        weights = both[last, left] if last is not None else both[left].sum(1)
+        order.append(left.pop(int(np.argmax(weights))))     # the first of equals
+    return order
+
+
+def difference_kinds(difference: str | None) -> list[str]:
+    """What `clinical_difference` says, as the kinds alone: "contrast: with against without; side: …" -> contrast, side."""
+    return [part.split(":")[0] for part in difference.split("; ")] if difference else []
+
+
+def errors_section(found: ScoreFiles) -> Markup:
+    """What the errors differ in, the most frequent ones, pairs that cosine calls close, and the heat map."""
+    matrix = confusion_matrix(found)
+    errors = matrix.copy()
+    np.fill_diagonal(errors, 0)
+    total = int(errors.sum())
+    if not total:
+        return tag("section", tag("h2", "Errors"), tag("p", f"None in {found.n:,} rows."))
+    outside = len(found.names) - 1
+    kinds: Counter[str] = Counter()
+    listed: list[list[Child]] = []
+    cells = zip(*np.nonzero(errors), strict=True)
+    for a, b in sorted(cells, key=lambda cell: (-errors[cell], found.names[cell[0]], found.names[cell[1]])):
+        difference = clinical_difference(found.names[a], found.names[b]) if b != outside else None
+        said = difference_kinds(difference)
+        kind = f"{said[0]} alone" if len(said) == 1 else ", ".join(said) or UNSAID
+        kinds[OUTSIDE if b == outside else kind] += int(errors[a, b])
+        if len(listed) < LISTED:
+            listed.append([f"{errors[a, b]:,}", _name(found.names[a]), _name(found.names[b]), difference or "–"])
+    most = max(kinds.values())
+    bars = [[kind, f"{n:,}", percent(n / total, 0),
+             picture(200, 12, f"{n} errors", tag("rect", x=0, y=2, width=200 * n / most, height=8, class_="fill wrong"),
+                     class_="bar")] for kind, n in sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))]
+    close = [[str(pair["confused"]), _name(str(pair["a"])), _name(str(pair["b"])), f"{pair['cosine']:.3f}",
+              str(pair["difference"])] for pair in found.close_pairs[:CLOSE_LISTED]]
+    return tag(
+        "section", tag("h2", "Errors"),
+        tag("p", f"{total:,} of {found.n:,} answers are wrong. By the names of the two protocols they differ in:"),
+        table(["differs in", "errors", "of all", ""], bars, numbers=(1, 2)),
+        tag("h3", "The most frequent"),
+        table(["times", "right", "answered", "what differs"], listed, numbers=(0,), class_="dense"),
+        [tag("h3", "Close by cosine, clinically different"),
+         tag("p", "Labels that read nearly the same and mean another examination: here a high cosine is no comfort.",
+             class_="quiet"),
+         table(["confused", "one", "other", "cosine", "what differs"], close, numbers=(0, 3), class_="dense")]
+        if close else None,
+        tag("h3", "Which label is taken for which"), _heat_map(found, matrix, errors))
+
+
+def _name(label: str) -> Markup:
+    return tag("span", shortened(label, 48), title=label)
+
+
+def _drawn(found: ScoreFiles, matrix: Ints, errors: Ints) -> list[int]:
+    """Codes of the labels that the heat map shows, in their order, without `OTHER`."""
+    labels = np.flatnonzero((matrix.sum(0) + matrix.sum(1))[:-1])
+    involved = (errors.sum(0) + errors.sum(1))[labels]
+    if len(labels) > DRAW_ALL:
+        worst = np.argsort(-involved, kind="stable")[:MOST_DRAWN]
+        labels = labels[np.sort(worst[involved[worst] > 0])]
+    names = [found.names[code] for code in labels]
+    order = by_protocol(names) or by_confusion(errors[np.ix_(labels, labels)])
+    return labels[order].tolist()
+
+
+def _heat_map(found: ScoreFiles, matrix: Ints, errors: Ints) -> Child:
+    rows = _drawn(found, matrix, errors)
+    outside = len(found.names) - 1
+    columns = [*rows, outside] if matrix[:, outside].any() else rows
+    cell = 30 if len(rows) <= 12 else 22 if len(rows) <= 24 else 15
+    size = 10 if cell > 15 else 9
+    longest = max(len(shortened(found.names[code], 34)) for code in columns)
+    left, top = 16 + 0.56 * size * longest + 18, 16 + 0.56 * size * longest
+    width, height = round(left + cell * len(columns) + 4), round(top + cell * len(rows) + 4)
+    parts: list[Child] = []
+    for i, code in enumerate(rows):
+        y, n = top + cell * i, int(matrix[code].sum())
+        parts += [tag("line", x1=left, x2=left + cell * len(columns), y1=y + cell / 2, y2=y + cell / 2, class_="grid"),
+                  tag("text", tag("title", found.names[code]), shortened(found.names[code], 34), x=left - 26.0,
+                      y=y + cell / 2 + size * 0.36, class_="end", font_size=size),
+                  tag("text", f"{n}", x=left - 5, y=y + cell / 2 + size * 0.36, class_="end faint", font_size=size)]
+    for j, code in enumerate(columns):
+        x = left + cell * (j + 0.5)
+        parts += [tag("line", x1=x, x2=x, y1=top, y2=top + cell * len(rows), class_="grid"),
+                  tag("text", tag("title", found.names[code]), shortened(found.names[code], 34), class_="", font_size=size,
+                      transform=f"translate({x + size * 0.36:.1f} {top - 5:.1f}) rotate(-90)")]
+    for i, a in enumerate(rows):
+        for j, b in enumerate(columns):
+            n = int(matrix[a, b])
+            if n:
+                share = n / int(matrix[a].sum())
+                title = f"{n} of {int(matrix[a].sum())}: {found.names[a]} answered as {found.names[b]}"
+                x, y = left + cell * j, top + cell * i
+                parts.append(tag("rect", tag("title", title), x=x + 1, y=y + 1, width=cell - 2, height=cell - 2, rx=2,
+                                 class_="hit" if a == b else "miss", fill_opacity=f"{0.15 + 0.85 * share:.2f}"))
+                if cell > 15 or a != b:
+                    parts.append(tag("text", f"{n}", x=x + cell / 2, y=y + cell / 2 + size * 0.36, font_size=size,
+                                     class_="middle count" + (" strong" if share > 0.5 else "")))
+    left_out = len(np.flatnonzero(matrix.sum(1)[:-1])) - sum(int(matrix[code].sum()) > 0 for code in rows)
+    said = ("Rows: what was right, with the number of references; columns: what was answered. Blue is right, orange an error; "
+            "the stronger, the larger its share of the row. Empty cells are left out"
+            + (f", and {left_out} labels in {'fewer' if len(rows) == MOST_DRAWN else 'no'} errors." if left_out else "."))
+    return [tag("p", said, class_="quiet"),
+            tag("div", tag("div", picture(width, height, "Confusion of labels", *parts, class_="heat"),
+                           style=f"width:{width}px;max-width:none"), class_="scroll wide")]
