@@ -144,8 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "write a run as one HTML page: training, memory, scores, errors, settings")
     sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
     sub.add_argument("--out", help="page to write (default: report.html in the run folder)")
-    sub.add_argument("--evaluation", metavar="DIR", help="what evaluate wrote (default: the only evaluation inside RUN, or beside it "
-                                                         "where no other run lies)")
+    sub.add_argument("--evaluation", metavar="DIR",
+                     help="what evaluate wrote (default: the only evaluation in RUN, or beside it where no other run lies)")
     sub.add_argument("--show-text", action="store_true",
                      help="show the hardest notes; they are patient data: the page is then readable by its owner alone")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing page")

@@ -15,7 +15,7 @@ from minilora.metrics import Ints
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import percent, shortened
 from minilora.report.scorefiles import ScoreFiles
-from minilora.report.svg import picture
+from minilora.report.svg import picture, text_width
 
 DRAW_ALL = 20           # labels up to which even those without an error are drawn
 MOST_DRAWN = 60
@@ -65,6 +65,7 @@ def errors_section(found: ScoreFiles) -> Markup:
     total = int(errors.sum())
     if not total:
         return tag("section", tag("h2", "Errors"), tag("p", f"None in {found.n:,} rows."))
+    protocols = by_protocol(found.names[:-1]) is not None
     outside = len(found.names) - 1
     kinds: Counter[str] = Counter()
     listed: list[list[Child]] = []
@@ -75,19 +76,21 @@ def errors_section(found: ScoreFiles) -> Markup:
         kind = f"{said[0]} alone" if len(said) == 1 else ", ".join(said) or UNSAID
         kinds[OUTSIDE if b == outside else kind] += int(errors[a, b])
         if len(listed) < LISTED:
-            listed.append([f"{errors[a, b]:,}", _name(found.names[a]), _name(found.names[b]), difference or "–"])
+            listed.append([f"{errors[a, b]:,}", _name(found.names[a]), _name(found.names[b]),
+                           *([difference or "–"] if protocols else [])])
     most = max(kinds.values())
     bars = [[kind, f"{n:,}", percent(n / total, 0),
              picture(200, 12, f"{n} errors", tag("rect", x=0, y=2, width=200 * n / most, height=8, class_="fill wrong"),
                      class_="bar")] for kind, n in sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))]
-    close = [[str(pair["confused"]), _name(str(pair["a"])), _name(str(pair["b"])), f"{pair['cosine']:.3f}",
-              str(pair["difference"])] for pair in found.close_pairs[:CLOSE_LISTED]]
+    close = [[str(pair.confused), _name(pair.a), _name(pair.b), f"{pair.cosine:.3f}", pair.difference]
+             for pair in found.close_pairs[:CLOSE_LISTED]]
     return tag(
         "section", tag("h2", "Errors"),
-        tag("p", f"{total:,} of {found.n:,} answers are wrong. By the names of the two protocols they differ in:"),
-        table(["differs in", "errors", "of all", ""], bars, numbers=(1, 2)),
+        tag("p", f"{total:,} of {found.n:,} answers are wrong. "
+                 + ("By the names of the two protocols they differ in:" if protocols else "")),
+        table(["differs in", "errors", "of all", ""], bars, numbers=(1, 2)) if protocols else None,
         tag("h3", "The most frequent"),
-        table(["times", "right", "answered", "what differs"], listed, numbers=(0,), class_="dense"),
+        table(["times", "right", "answered", *(["what differs"] if protocols else [])], listed, numbers=(0,), class_="dense"),
         [tag("h3", "Close by cosine, clinically different"),
          tag("p", "Labels that read nearly the same and mean another examination: here a high cosine is no comfort.",
              class_="quiet"),
@@ -118,8 +121,8 @@ def _heat_map(found: ScoreFiles, matrix: Ints, errors: Ints) -> Child:
     columns = [*rows, outside] if matrix[:, outside].any() else rows
     cell = 30 if len(rows) <= 12 else 22 if len(rows) <= 24 else 15
     size = 10 if cell > 15 else 9
-    longest = max(len(shortened(found.names[code], 34)) for code in columns)
-    left, top = 16 + 0.56 * size * longest + 18, 16 + 0.56 * size * longest
+    longest = max(text_width(shortened(found.names[code], 34), size) for code in columns)
+    left, top = longest + 32, longest + 10
     width, height = round(left + cell * len(columns) + 4), round(top + cell * len(rows) + 4)
     parts: list[Child] = []
     for i, code in enumerate(rows):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minilora.config import TrainConfig
 from minilora.report.markup import Child, Markup, table, tag
-from minilora.report.parts import byte_unit, duration, percent
+from minilora.report.parts import byte_text, duration, percent
 from minilora.report.runfiles import RunFiles
 from minilora.report.scorefiles import ScoreFiles
 from minilora.report.scoring import interval_bar
@@ -38,15 +38,14 @@ def heading(run: RunFiles, found: ScoreFiles | None, hint: str) -> Markup:
     state = ""
     if not run.finished:
         planned = f" of at most {config.max_steps:,}" if config.max_steps else ""
-        state = (f"Unfinished: {steps:,}{planned} steps, nothing saved to predict with yet. It is still running, or was stopped; "
+        state = (f"Unfinished: {steps:,}{planned} steps, and no adapter or model yet. It is still running, or was stopped; "
                  "train --resume goes on from its last checkpoint.")
     if metrics.cut:
         state += " The last line of metrics.jsonl was cut short and is left out."
     return tag("header", tag("p", "minilora run report", class_="quiet"),
                tag("h1", f"{_base_name(config.model)}, fine-tuned{f' on {notes} notes' if notes else ''}"),
-               tag("p", " · ".join(part for part in what if part), class_="lead"), tag("p", state, class_="notice") if state else None,
-               _headline(run, found, hint),
-               _figures(run))
+               tag("p", " · ".join(part for part in what if part), class_="lead"),
+               tag("p", state, class_="notice") if state else None, _headline(run, found, hint), _figures(run))
 
 
 def _base_name(model: str) -> str:
@@ -84,8 +83,7 @@ def _figures(run: RunFiles) -> Markup:
     if len(tokens):
         tiles.append((f"{tokens.sum():,.0f}", "tokens seen"))
     if len(peak):
-        unit, size = byte_unit(float(peak.max()))
-        tiles.append((f"{peak.max() / size:.2f} {unit}", "peak memory"))
+        tiles.append((byte_text(float(peak.max())), "peak memory"))
     if "trained numbers" in run.card:
         tiles.append((run.card["trained numbers"].partition(" of ")[0], "numbers trained"))
     return tag("dl", [tag("div", tag("dt", name), tag("dd", value)) for value, name in tiles], class_="tiles")
@@ -126,12 +124,13 @@ def facts_section(run: RunFiles) -> Markup:
             changed = value != setting.default
             text = ", ".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else \
                 f"{value:g}" if isinstance(value, float) else str(value)
-            settings.append(tag("div", tag("dt", setting.name), tag("dd", text or "–"), class_="changed" if changed else None))
+            settings.append(tag("div", tag("dt", setting.name), tag("dd", text or "–"),
+                                class_="changed" if changed else None))
     return tag("section", tag("h2", "How it was made"), table(["", ""], facts, class_="facts"),
                tag("h3", "The command that makes it again"),
                tag("pre", _wrapped(train_command(config))),
-               tag("p", "On the same machine and versions it writes the same adapter, byte for byte. Choose another --out, or add "
-                        "--overwrite.", class_="quiet"),
+               tag("p", "On the same machine and versions it writes the same bytes. Choose another --out, or add --overwrite.",
+                   class_="quiet"),
                tag("h3", "Settings (config.toml)"), tag("p", "Bold: not the default.", class_="quiet"),
                tag("dl", settings, class_="settings"))
 

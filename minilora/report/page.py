@@ -13,12 +13,12 @@ from minilora.report.markup import Child, Markup, tag
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _DARK = """
   --paper: #15181c; --ink: #e6e8ea; --quiet: #9aa3ad; --rule: #30363d; --soft: #1d2126; --grid: #2a3037;
-  --blue: #5db6ee; --orange: #f2a33c; --green: #2fc29a; --raw: #6d8ba3;
+  --blue: #5db6ee; --orange: #f2a33c; --raw: #6d8ba3;
 """
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --quiet: #5b6570; --rule: #d5dae0; --soft: #f5f6f8; --grid: #e6e9ed;
-  --blue: #0068a8; --orange: #d55e00; --green: #008060; --raw: #9dbfd8; }
+  --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; }
 @media (prefers-color-scheme: dark) { :root {""" + _DARK + """} }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -40,7 +40,8 @@ pre { background: var(--soft); padding: 12px 14px; margin: 8px 0; font: 13px/1.5
   "Liberation Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .headline { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: center; margin: 26px 0 8px; }
 .headline p { margin: 0 0 2px; } .headline > div { flex: 1 1 300px; }
-.headline .score { font-size: 60px; line-height: 1; font-weight: 650; letter-spacing: -0.03em; font-variant-numeric: tabular-nums; }
+.headline .score { font-size: 60px; line-height: 1; font-weight: 650; letter-spacing: -0.03em;
+  font-variant-numeric: tabular-nums; }
 .headline .bar { width: 100%; max-width: 420px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 18px 24px; margin: 24px 0 0; }
 .tiles div { display: flex; flex-direction: column-reverse; border-top: 2px solid var(--rule); padding-top: 8px; }
@@ -49,9 +50,11 @@ pre { background: var(--soft); padding: 12px 14px; margin: 8px 0; font: 13px/1.5
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 8px 44px; }
 figure { margin: 8px 0 0; min-width: 0; } figure h3 { margin: 14px 0 2px; }
 figcaption { margin-top: 4px; max-width: 64ch; }
-.legend { margin: 0 0 4px; } .legend span { display: inline-flex; align-items: center; gap: 6px; margin-right: 16px; }
+.legend { margin: 0 0 4px; min-height: 21px; }
+.legend span { display: inline-flex; align-items: center; gap: 6px; margin-right: 16px; }
 .swatch { width: 20px; height: 10px; flex: none; }
-svg { display: block; width: 100%; height: auto; overflow: visible; } .bar { width: 220px; } .bar.small { width: 90px; }
+svg { display: block; width: 100%; height: auto; overflow: visible; } .bar { width: 220px; }
+td .bar { max-width: 28vw; margin-top: 4px; } td .bar.small { width: 90px; margin-top: 6px; }
 text { fill: var(--ink); font-family: inherit; }
 .axis, .tick { font-size: 11.5px; fill: var(--quiet); } .faint { fill: var(--quiet); }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
@@ -64,7 +67,6 @@ text { fill: var(--ink); font-family: inherit; }
 .line.oom { stroke: var(--orange); stroke-width: 2; stroke-dasharray: 2 2; }
 .interval { stroke: var(--blue); stroke-width: 4; stroke-linecap: round; opacity: 0.45; }
 .dot { stroke: var(--paper); stroke-width: 1; } .dot.main { fill: var(--blue); } .dot.second { fill: var(--orange); }
-.dot.bubble { fill-opacity: 0.75; }
 .track { fill: var(--grid); } .fill { fill: var(--blue); } .fill.wrong { fill: var(--orange); }
 .hit { fill: var(--blue); } .miss { fill: var(--orange); } .count.strong { fill: var(--paper); }
 .scroll { overflow-x: auto; max-width: 100%; }
@@ -72,8 +74,8 @@ table { border-collapse: collapse; width: 100%; margin: 8px 0 4px; font-size: 15
 th { text-align: left; font-weight: 500; color: var(--quiet); font-size: 13px; vertical-align: bottom; }
 td, th { padding: 6px 18px 6px 0; border-bottom: 1px solid var(--rule); } td { vertical-align: top; }
 td:last-child, th:last-child { padding-right: 0; }
-.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.dense { font-size: 14px; } .dense td { padding-top: 3px; padding-bottom: 3px; } td .bar { margin-top: 4px; }
+.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } .num:first-child { width: 1%; }
+.dense { font-size: 14px; } .dense td { padding-top: 3px; padding-bottom: 3px; }
 .facts thead { display: none; } .facts td { overflow-wrap: anywhere; }
 .facts td:first-child { color: var(--quiet); white-space: nowrap; }
 .settings { columns: 3 250px; column-gap: 36px; margin: 8px 0; font-size: 14px; }
@@ -87,14 +89,16 @@ blockquote { margin: 0; padding: 8px 12px; background: var(--soft); font-size: 1
 footer { margin-top: 56px; border-top: 1px solid var(--rule); padding-top: 12px; }
 @media (max-width: 600px) { body { padding: 24px 16px 48px; } h1 { font-size: 24px; } h2 { margin-top: 40px; }
   .headline .score { font-size: 48px; } td, th { padding-right: 12px; } .tiles { grid-template-columns: 1fr 1fr; }
+  table { font-size: 14px; } .axis, .tick { font-size: 13px; }
   .scores .block, .scores td:nth-child(4), .scores th:nth-child(4) { display: none; } }
 @media print { :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --quiet: #444b52; --rule: #bbc1c8;
-    --soft: #f3f4f6; --grid: #dfe3e7; --blue: #0068a8; --orange: #d55e00; --green: #008060; --raw: #9dbfd8; }
+    --soft: #f3f4f6; --grid: #dfe3e7; --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; } h2 { margin-top: 24pt; break-after: avoid; } h3 { break-after: avoid; }
-  figure, tr, .headline, .tiles, li { break-inside: avoid; } .charts { grid-template-columns: 1fr 1fr; gap: 6px 24px; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; } h2 { margin-top: 24pt; }
+  h2, h3, thead { break-after: avoid; } table, .dense, pre { font-size: 9pt; }
+  figure, tr, pre, .headline, .tiles, li { break-inside: avoid; } .charts { grid-template-columns: 1fr 1fr; gap: 6px 24px; }
   .scroll { overflow: visible; } .wide > div { width: 100% !important; } }
-@page { margin: 16mm; }
+@page { margin: 14mm; }
 """
 
 
@@ -104,7 +108,7 @@ def page(title: str, sections: Iterable[Child]) -> str:
                tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
                tag("meta", name="referrer", content="no-referrer"), tag("title", title), tag("style", Markup(STYLE)))
-    foot = tag("footer", tag("p", "Not a medical device. A label is a suggestion that a qualified person checks; scores hold for "
-                                  "notes like those that were scored.", class_="quiet"))
+    foot = tag("footer", tag("p", "Not a medical device. A label is a suggestion that a qualified person checks; scores hold "
+                                  "for notes like those that were scored.", class_="quiet"))
     body = "\n".join(str(section) for section in sections if section is not None)
     return f"<!DOCTYPE html>\n{tag('html', head, Markup(chr(10)), tag('body', tag('main', Markup(body)), foot), lang='en')}\n"

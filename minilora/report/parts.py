@@ -10,6 +10,7 @@ from minilora.report.svg import Axis, linear_axis
 
 def figure(title: str, drawn: Markup, caption: Child = None, key: Child = None, class_: str | None = None) -> Markup:
     """A chart under its title and above the sentence that says how to read it."""
+    key = key or tag("p", class_="legend")      # room for one, so that charts side by side stand at one height
     return tag("figure", tag("h3", title), key, drawn, tag("figcaption", caption) if caption else None, class_=class_)
 
 
@@ -35,6 +36,12 @@ def byte_unit(largest: float) -> tuple[str, float]:
     """The unit in which a number of bytes is said, and its size."""
     return next((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
                 if largest >= size or size == 1)
+
+
+def byte_text(size: float) -> str:
+    """A number of bytes in three digits: 1.59 GB, 891 MB."""
+    unit, one = byte_unit(size)
+    return f"{size / one:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:

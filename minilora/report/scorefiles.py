@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minilora.clinical import ClosePair
 from minilora.data.formats import records
 from minilora.errors import DataError
 from minilora.evaluate import OTHER
@@ -45,7 +46,7 @@ class ScoreFiles:
     intervals: dict[str, tuple[float, float]]
     baselines: dict[str, dict[str, Any]]
     cosines: dict[str, float]
-    close_pairs: list[dict[str, Any]]
+    close_pairs: list[ClosePair]
     names: list[str]
     reference: Ints
     prediction: Ints
@@ -111,7 +112,9 @@ def read_evaluation(folder: Path, run: RunFiles, keep_notes: bool) -> ScoreFiles
                  for name, entry in _object(values.get("baselines", {}), path, "baselines").items()}
     cosines = {normalize_label(str(row["label"])): _rate(row["cosine"], f"{path}: cosine of a label")
                for row in _rows(values, "per_label", ("label", "cosine"), path)}
-    pairs = _rows(values, "close_pairs", ("a", "b", "cosine", "difference", "confused"), path)
+    pairs = [ClosePair(str(row["a"]), str(row["b"]), _rate(row["cosine"], f"{path}: cosine of a close pair"),
+                       str(row["difference"]), int(finite(row["confused"]) or 0))
+             for row in _rows(values, "close_pairs", ("a", "b", "cosine", "difference", "confused"), path)]
 
     rows = _read_predictions(folder / PREDICTIONS_FILE, run, keep_notes)
     names, codes = number_labels([*rows.references, *run.labels])

@@ -76,12 +76,11 @@ def _reliability(probability: Floats, found: ScoreFiles) -> Markup:
     titles = [f"{percent(b / BINS, 0)} to {percent((b + 1) / BINS, 0)}: {bins.n[b]:,} rows, said "
               f"{percent(bins.probability[b])}, right {percent(bins.accuracy[b])}" for b in filled]
     marks: list[Child] = [frame.line(np.array([0.0, 1.0]), np.array([0.0, 1.0]), "bound")]
+    for b in filled:
+        marks.append(frame.line(np.repeat(bins.probability[b], 2), np.array([bins.probability[b], bins.accuracy[b]]), "gap"))
     for b, title in zip(filled, titles, strict=True):
-        x, y = frame.at(bins.probability[b], bins.accuracy[b])
-        ideal = frame.at(bins.probability[b], bins.probability[b])[1]
-        marks += [tag("line", x1=x, x2=x, y1=ideal, y2=y, class_="line gap"),
-                  tag("circle", tag("title", title), cx=x, cy=y, r=float(3 + 7 * np.sqrt(bins.n[b] / bins.n.max())),
-                      class_="dot main bubble")]
+        radius = float(3 + 6 * np.sqrt(bins.n[b] / bins.n.max()))
+        marks.append(frame.dots(bins.probability[b : b + 1], bins.accuracy[b : b + 1], "main", [title], radius))
     mean, rate = float(probability.mean()), float(right.mean())
     word = "about as sure as it is right" if abs(mean - rate) < 0.02 else "too sure" if mean > rate else "not sure enough"
     said = (f"Expected calibration error {error:.3f}: the mean gap (upright lines) over {BINS} bins, weighted by rows (size of "
@@ -98,13 +97,10 @@ def _coverage(probability: Floats, found: ScoreFiles) -> Markup:
                   linear_axis(0 if low < 0.5 else 0.5 if low < 0.9 else 0.9, 1, "right among them", percent=True))
     marks: list[Child] = [frame.level(float(found.right.mean()), "bound", "all rows answered"),
                           frame.line(curve.share, curve.accuracy, "main")]
-    rows: list[list[Child]] = []
-    for wanted in COVERAGES:
-        at = int(np.flatnonzero(curve.share >= wanted - 1e-12)[0])     # the first threshold that answers as many
-        row: list[Child] = [f"≥ {curve.threshold[at]:.3f}", percent(curve.share[at], 0), percent(curve.accuracy[at]),
-                            f"{round(curve.share[at] * found.n * (1 - curve.accuracy[at])):,}"]
-        if row not in rows:
-            rows.append(row)
+    points = sorted({int(np.flatnonzero(curve.share >= wanted - 1e-12)[0]) for wanted in COVERAGES}, reverse=True)
+    digits = next((d for d in range(3, 9) if len({f"{curve.threshold[at]:.{d}f}" for at in points}) == len(points)), 9)
+    rows: list[list[Child]] = [[f"≥ {curve.threshold[at]:.{digits}f}", percent(curve.share[at], 0), percent(curve.accuracy[at]),
+                                f"{round(curve.share[at] * found.n * (1 - curve.accuracy[at])):,}"] for at in points]
     said = "Leaving the unsure rows to a person: an answer only from this probability on, and how often it is then right."
     return figure("Accuracy and coverage", frame.draw("Accuracy among the surest rows", *marks),
                   [said, table(["probability", "answered", "right", "errors"], rows, numbers=range(4), class_="dense")],

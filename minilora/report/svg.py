@@ -7,6 +7,7 @@ there, so that it lies inside the plot whatever the data say.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -168,6 +169,11 @@ class Frame:
 def picture(width: int, height: int, label: str, *parts: Child, class_: str = "chart") -> Markup:
     """An SVG that takes the width it is given."""
     return tag("svg", tag("title", label), parts, viewBox=f"0 0 {width} {height}", role="img", class_=class_)
+
+
+def text_width(text: str, size: float) -> float:
+    """About how wide a text is in letters of a size; those of East Asia are square."""
+    return size * sum(1.0 if unicodedata.east_asian_width(character) in "WF" else 0.6 for character in text)
 
 
 def thin(x: Floats, y: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:

@@ -5,7 +5,7 @@ import numpy as np
 
 from minilora.metrics import Floats
 from minilora.report.markup import Child, Markup, tag
-from minilora.report.parts import byte_unit, figure, legend, percent, steps_axis
+from minilora.report.parts import byte_text, byte_unit, figure, legend, percent, steps_axis
 from minilora.report.runfiles import RunFiles
 from minilora.report.svg import Frame, linear_axis, log_axis, smooth
 
@@ -100,6 +100,6 @@ def _speed(run: RunFiles, at: Floats, tokens: Floats) -> Markup | None:
 def _memory(run: RunFiles, at: Floats, peak: Floats) -> Markup:
     unit, size = byte_unit(float(peak.max()))
     frame = Frame(steps_axis(run.metrics), linear_axis(0, float(peak.max()) / size, f"peak memory so far ({unit})"))
-    said = (f"{peak.max() / size:.2f} {unit} at most: of the whole process on a CPU, of what torch allocated on a GPU. It "
+    said = (f"{byte_text(float(peak.max()))} at most: of the whole process on a CPU, of what torch allocated on a GPU. It "
             "never falls, except where the run was resumed.")
     return figure("Memory", frame.draw("Peak memory at each step", frame.line(at, peak / size, "main")), said)
