@@ -51,7 +51,8 @@ def tick_text(value: float, step: float) -> str:
     if value == 0:
         return "0"
     if step < 1e-4 or step >= 1e6:
-        mantissa, _, exponent = f"{value:.{max(0, math.floor(math.log10(abs(value) / step) + 1e-9))}e}".partition("e")
+        digits = math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
+        mantissa, _, exponent = f"{value:.{max(0, digits)}e}".partition("e")
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return f"{mantissa}e{int(exponent)}"
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
@@ -65,7 +66,7 @@ def linear_axis(low: float, high: float, title: str = "", most: int = 5, whole: 
         most: pieces between ticks. whole: only whole numbers are ticks. percent: values are shares.
         outward: the range grows to the next ticks.
     """
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     step = tick_step(high - low, most)
     if whole:

@@ -11,6 +11,7 @@ from minilora.report.svg import Frame, linear_axis, log_axis, smooth
 
 WINDOWS = 20            # a smoothed line averages over a 20th of the run
 SPREAD_FOR_LOG = 20     # largest over smallest from which the loss is drawn on a logarithmic axis
+SMALLEST_FOR_LOG = 1e-9
 
 
 def window(steps: int) -> int:
@@ -42,7 +43,7 @@ def _loss(run: RunFiles) -> Markup:
     val_at, val = run.metrics.series("val_loss")
     everything = np.concatenate([loss, val])
     low, high = float(everything.min()), float(everything.max())
-    logarithmic = low > 0 and high / low > SPREAD_FOR_LOG
+    logarithmic = low > SMALLEST_FOR_LOG and high / low > SPREAD_FOR_LOG
     title = "loss per label token (nats)"
     frame = Frame(steps_axis(run.metrics),
                   log_axis(low, high, title + ", logarithmic") if logarithmic else linear_axis(min(0.0, low), high, title))
@@ -70,7 +71,7 @@ def _rate(run: RunFiles, at: Floats, rate: Floats) -> Markup:
 
 def _norm(run: RunFiles, at: Floats, norm: Floats) -> Markup:
     bound, top = run.config.max_grad_norm, float(norm.max())
-    logarithmic = float(norm.min()) > 0 and top / float(norm.min()) > SPREAD_FOR_LOG * 5
+    logarithmic = float(norm.min()) > SMALLEST_FOR_LOG and top / float(norm.min()) > SPREAD_FOR_LOG * 5
     title = "norm of the gradient"
     frame = Frame(steps_axis(run.metrics), log_axis(float(norm.min()), top, title + ", logarithmic") if logarithmic
                   else linear_axis(0, top, title))
