@@ -179,9 +179,10 @@ def test_labels_are_text_whatever_they_hold(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     said = words(report(KINDS["killed"](tmp_path / "run")))
-    assert "Unfinished: 30 of at most 500 steps" in said and "No evaluation yet" in said
+    assert "Unfinished: 30 of at most 500 steps" in said and "No evaluation yet." in said and "minilora evaluate" not in said
     assert "recorded when a run ends" in said
-    assert "Unfinished" not in words(report(KINDS["finished"](tmp_path / "whole")))
+    whole = words(report(KINDS["finished"](tmp_path / "whole")))
+    assert "Unfinished" not in whole and "minilora evaluate" in whole
 
 
 @pytest.mark.parametrize("rest", [b'{"step": 31, "lo', b"{", b"\0\0\0", b'{"step": 31}'])
@@ -221,11 +222,11 @@ def test_an_evaluation_is_taken_only_where_it_is_certain(folders: list[str], fou
 
 @pytest.mark.parametrize("settings", [
     {}, {"r": 8, "dropout": 0.1, "use_dora": True, "double_quant": False, "target_modules": ("q_proj", "v_proj")},
-    {"tune": "full", "quantize": "none", "val": "a b.csv", "template": "it's {input}", "lr": 1e-05},
+    {"tune": "full", "quantize": "none", "val": "a b.csv", "template": "it's --r {input}", "lr": 1e-05},
     {"data": "-odd.csv", "optimizer": "paged_adamw", "resident_mib": 0.5, "state_bits": 8, "seed": 7}])
 def test_its_command_makes_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig(**{"model": "tiny", "data": "train.csv", "out": "run", **settings})
-    args = vars(build_parser().parse_args(shlex.split(train_command(config))[1:]))
+    args = vars(build_parser().parse_args(shlex.split(" ".join(train_command(config)))[1:]))
     assert TrainConfig(**{key: value for key, value in args.items() if key not in ("command", "run", "config")}) == config
 
 
@@ -345,9 +346,9 @@ def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_a_run_that_was_really_trained_and_evaluated_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, data = write_model(tmp_path / "base"), write_csv(tmp_path / "train.csv", notes(24))
     run = tmp_path / "run"
-    train(TrainConfig(model=str(base), data=str(data), val=str(data), out=str(run), r=2, batch_size=8, max_steps=4, eval_every=2,
-                      max_length=128, dtype="float32", optimizer="paged_adamw", page_bytes=4096, resident_mib=8192 / 2 ** 20,
-                      quiet=True))
+    train(TrainConfig(model=str(base), data=str(data), val=str(data), out=str(run), r=2, batch_size=8, max_steps=4,
+                      eval_every=2, max_length=128, dtype="float32", optimizer="paged_adamw", page_bytes=4096,
+                      resident_mib=8192 / 2 ** 20, quiet=True))
     assert main(["evaluate", "--model", str(base), "--adapter", str(run), "--data", str(data), "--out", str(run / "evaluation"),
                  "--quiet"]) == 0
     capsys.readouterr()

@@ -35,7 +35,8 @@ def test_a_step_between_ticks_is_round(span: float, most: int, step: float) -> N
 
 @pytest.mark.parametrize(("value", "step", "text"), [
     (0, 0.1, "0"), (0.25, 0.05, "0.25"), (1500, 500, "1,500"), (2e-5, 1e-5, "2e-5"), (1.5e-5, 5e-6, "1.5e-5"),
-    (3e7, 1e7, "3e7"), (1.2e11, 2e10, "1.2e11"), (0.5, 0.5, "0.5"), (1.0, 0.5, "1.0"), (1e30, 5e29, "1e30"), (-0.2, 0.1, "-0.2")])
+    (3e7, 1e7, "3e7"), (1.2e11, 2e10, "1.2e11"), (0.5, 0.5, "0.5"), (1.0, 0.5, "1.0"), (1e30, 5e29, "1e30"),
+    (-0.2, 0.1, "-0.2")])
 def test_a_tick_has_the_digits_it_needs(value: float, step: float, text: str) -> None:
     assert tick_text(value, step) == text
 

@@ -15,6 +15,9 @@ from minilora.report.svg import smooth
 from minilora.report.training import window
 
 
+NEXT_LINE = " \\\n    "      # between the flags of a command, which a shell reads as one
+
+
 def trained_with(config: TrainConfig) -> str:
     """The method in a phrase: "QLoRA r=16, alpha 32, over a 4-bit base"."""
     if config.tune == "full":
@@ -54,14 +57,15 @@ def _base_name(model: str) -> str:
 
 def _headline(run: RunFiles, found: ScoreFiles | None, hint: str) -> Markup:
     if found is None:
-        target = shlex.quote(str(run.folder / "evaluation"))
-        model = run.folder if run.config.tune == "full" else run.config.model
-        adapter = "" if run.config.tune == "full" else f" --adapter {shlex.quote(str(run.folder))}"
-        columns = (f"--input-column {shlex.quote(run.config.input_column)} "
-                   f"--label-column {shlex.quote(run.config.label_column)}")
-        command = f"minilora evaluate --model {shlex.quote(str(model))}{adapter} --data TEST.csv {columns} --out {target}"
-        return tag("div", tag("p", hint or "No evaluation yet. This writes one where the report finds it:"),
-                   None if hint else tag("pre", command), class_="notice")
+        if hint or not run.finished:
+            return tag("p", hint or "No evaluation yet.", class_="hint")
+        full = run.config.tune == "full"
+        flags = {"model": run.folder if full else run.config.model, **({} if full else {"adapter": run.folder}),
+                 "data": "TEST.csv", "input-column": run.config.input_column, "label-column": run.config.label_column,
+                 "out": run.folder / "evaluation"}
+        command = NEXT_LINE.join(["minilora evaluate", *(f"--{flag} {shlex.quote(str(it))}" for flag, it in flags.items())])
+        return tag("div", tag("p", "No evaluation yet. This writes one where the report finds it:"), tag("pre", command),
+                   class_="hint")
     score, interval = found.scores["exact_match"], found.intervals.get("exact_match")
     between = f", 95% interval {percent(interval[0])} to {percent(interval[1])}" if interval else ""
     guesses = {name: float(entry["exact_match"]) for name, entry in found.baselines.items() if "exact_match" in entry}
@@ -89,9 +93,9 @@ def _figures(run: RunFiles) -> Markup:
     return tag("dl", [tag("div", tag("dt", name), tag("dd", value)) for value, name in tiles], class_="tiles")
 
 
-def train_command(config: TrainConfig) -> str:
-    """The command line that makes the run again: every setting that is not the default."""
-    words = ["minilora", "train"]
+def train_command(config: TrainConfig) -> list[str]:
+    """The command line that makes the run again, a flag with its value each: every setting that is not the default."""
+    words = ["minilora train"]
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
         if value == setting.default or setting.name in ("resume", "overwrite", "quiet"):
@@ -100,11 +104,11 @@ def train_command(config: TrainConfig) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, str):
-            words.append(f"--{flag}={value}" if value.startswith("-") else f"--{flag} {shlex.quote(value)}")
+            words.append(f"--{flag}={shlex.quote(value)}" if value.startswith("-") else f"--{flag} {shlex.quote(value)}")
         else:
             shown = value if isinstance(value, tuple) else (value,)
             words.append(f"--{flag} {' '.join(shlex.quote(str(item)) for item in shown)}")
-    return " ".join(words)
+    return words
 
 
 def facts_section(run: RunFiles) -> Markup:
@@ -128,13 +132,8 @@ def facts_section(run: RunFiles) -> Markup:
                                 class_="changed" if changed else None))
     return tag("section", tag("h2", "How it was made"), table(["", ""], facts, class_="facts"),
                tag("h3", "The command that makes it again"),
-               tag("pre", _wrapped(train_command(config))),
+               tag("pre", NEXT_LINE.join(train_command(config))),
                tag("p", "On the same machine and versions it writes the same bytes. Choose another --out, or add --overwrite.",
                    class_="quiet"),
                tag("h3", "Settings (config.toml)"), tag("p", "Bold: not the default.", class_="quiet"),
                tag("dl", settings, class_="settings"))
-
-
-def _wrapped(command: str) -> str:
-    """A flag a line, which a shell reads as one command."""
-    return command.replace(" --", " \\\n    --")

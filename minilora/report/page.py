@@ -13,12 +13,12 @@ from minilora.report.markup import Child, Markup, tag
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _DARK = """
   --paper: #15181c; --ink: #e6e8ea; --quiet: #9aa3ad; --rule: #30363d; --soft: #1d2126; --grid: #2a3037;
-  --blue: #5db6ee; --orange: #f2a33c; --raw: #6d8ba3;
+  --blue: #5db6ee; --orange: #f2a33c; --raw: #6d8ba3; --alarm: #f48fb8;
 """
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --quiet: #5b6570; --rule: #d5dae0; --soft: #f5f6f8; --grid: #e6e9ed;
-  --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; }
+  --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; --alarm: #a3195b; }
 @media (prefers-color-scheme: dark) { :root {""" + _DARK + """} }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -35,7 +35,8 @@ td, th, dd, text, blockquote { unicode-bidi: isolate; }
 .quiet { margin-bottom: 6px; } .block { display: block; font-size: 13px; }
 .notice { background: var(--soft); border-left: 3px solid var(--orange); padding: 10px 14px; margin: 16px 0;
   max-width: none; }
-.notice p { margin: 0; }
+.hint { background: var(--soft); padding: 10px 14px; margin: 16px 0; max-width: none; }
+.hint p { margin: 0; } .hint pre { padding: 0; }
 pre { background: var(--soft); padding: 12px 14px; margin: 8px 0; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
   "Liberation Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .headline { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: center; margin: 26px 0 8px; }
@@ -64,7 +65,7 @@ text { fill: var(--ink); font-family: inherit; }
 .line.second { stroke: var(--orange); stroke-width: 1.8; stroke-dasharray: 6 3; }
 .line.bound { stroke: var(--quiet); stroke-width: 1.2; stroke-dasharray: 2 4; }
 .line.gap { stroke: var(--orange); stroke-width: 2; } .line.guess { stroke: var(--quiet); stroke-width: 2; }
-.line.oom { stroke: var(--orange); stroke-width: 2; stroke-dasharray: 2 2; }
+.line.oom { stroke: var(--alarm); stroke-width: 2; stroke-dasharray: 2 2; }
 .interval { stroke: var(--blue); stroke-width: 4; stroke-linecap: round; opacity: 0.45; }
 .dot { stroke: var(--paper); stroke-width: 1; } .dot.main { fill: var(--blue); } .dot.second { fill: var(--orange); }
 .track { fill: var(--grid); } .fill { fill: var(--blue); } .fill.wrong { fill: var(--orange); }
@@ -92,7 +93,7 @@ footer { margin-top: 56px; border-top: 1px solid var(--rule); padding-top: 12px;
   table { font-size: 14px; } .axis, .tick { font-size: 13px; }
   .scores .block, .scores td:nth-child(4), .scores th:nth-child(4) { display: none; } }
 @media print { :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --quiet: #444b52; --rule: #bbc1c8;
-    --soft: #f3f4f6; --grid: #dfe3e7; --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; }
+    --soft: #f3f4f6; --grid: #dfe3e7; --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; --alarm: #a3195b; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { max-width: none; padding: 0; font-size: 10.5pt; } h2 { margin-top: 24pt; }
   h2, h3, thead { break-after: avoid; } table, .dense, pre { font-size: 9pt; }

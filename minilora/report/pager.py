@@ -9,9 +9,10 @@ import numpy as np
 
 from minilora.metrics import Floats
 from minilora.report.markup import Child, Markup, tag
-from minilora.report.parts import byte_unit, figure, legend, steps_axis
+from minilora.report.parts import byte_text, byte_unit, figure, legend, steps_axis
 from minilora.report.runfiles import COUNTERS, Metrics, RunFiles
 from minilora.report.svg import Frame, linear_axis
+from minilora.report.training import raw_and_smooth
 
 SHARE_OF_WAITING = 0.2      # from which the page suggests a larger budget
 
@@ -43,7 +44,7 @@ def pager_section(run: RunFiles) -> Markup | None:
     if not len(steps):
         return tag("section", tag("h2", "Pager"), tag("p", budget, " This run's metrics have no counters of it."))
     evicted_at, evicted = run.metrics.series("evicted_bytes")
-    retries = [(float(step), f"step {step:.0f}: out of memory; {size / 1e6:,.1f} MB of pages put out, the step done again")
+    retries = [(float(step), f"step {step:.0f}: out of memory; {byte_text(size)} of pages put out, the step done again")
                for step, size in zip(evicted_at[evicted > 0], evicted[evicted > 0], strict=True)]
     mark = [("oom", "out of memory, step done again")] if retries else []
 
@@ -52,7 +53,9 @@ def pager_section(run: RunFiles) -> Markup | None:
         top = max((float(values.max()) for _, _, values in lines if len(values)), default=0)
         frame = Frame(steps_axis(run.metrics), linear_axis(0, top, y_title, percent=percent))
         marks: list[Child] = [frame.upright(step, "oom", text) for step, text in retries]
-        drawn = frame.draw(f"{title} at each step", *marks, *[frame.line(at, values, style) for style, _, values in lines])
+        drawn = frame.draw(f"{title} at each step", *marks, *[
+            raw_and_smooth(frame, at, values) if len(lines) == 1 else frame.line(at, values, style)
+            for style, _, values in lines])
         return figure(title, drawn, said, legend([(style, name) for style, name, _ in lines if len(lines) > 1] + mark))
 
     unit, scale = byte_unit(max(grown["bytes_in"].max(), grown["bytes_out"].max()))
@@ -71,12 +74,12 @@ def pager_section(run: RunFiles) -> Markup | None:
               "stream waits and not the program, so there it stays near zero.",
               [("main", "waiting", share)], steps[timed], "share of the step's time", percent=True)]
     waited = grown["stall_seconds"][timed].sum() / seconds[timed].sum() if timed.any() else 0.0
-    summary = (f"{grown['faults'].sum():,.0f} faults, {grown['bytes_in'].sum() / 1e6:,.1f} MB in and "
-               f"{grown['bytes_out'].sum() / 1e6:,.1f} MB out in {len(steps):,} steps; {waited:.1%} of their time was spent "
+    summary = (f"{grown['faults'].sum():,.0f} faults, {byte_text(grown['bytes_in'].sum())} in and "
+               f"{byte_text(grown['bytes_out'].sum())} out in {len(steps):,} steps; {waited:.1%} of their time was spent "
                "waiting.")
     if waited > SHARE_OF_WAITING:
         summary += " A larger --resident-mib would shorten them."
-    told = f"Out of memory {len(retries)} times:" if retries else "No step ran out of memory."
+    told = f"Steps that ran out of memory: {len(retries):,}." if retries else "No step ran out of memory."
     listed = tag("ul", [tag("li", text) for _, text in retries[:20]],
                  tag("li", f"and {len(retries) - 20:,} more") if len(retries) > 20 else None) if retries else None
     return tag("section", tag("h2", "Pager"), tag("p", f"{budget} {summary} {told}"), listed,

@@ -71,7 +71,10 @@ def _holds_evaluation(folder: Path) -> bool:
 def find_evaluation(run: Path) -> tuple[Path | None, str]:
     """The evaluation that is certainly of this run, and otherwise what to tell the reader."""
     def folders(parent: Path) -> list[Path]:
-        return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        try:
+            return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except OSError:         # a parent that may not be listed holds none for us
+            return []
 
     inside = [path for path in folders(run) if _holds_evaluation(path)]
     if len(inside) == 1:

@@ -15,6 +15,7 @@ SAID = {"exact_match": "answers equal to the reference", "macro_f1": "mean F1 ov
         "weighted_f1": "mean F1, each label by its rows", "cosine": "how close the answer reads; flatters, see the baselines"}
 BASELINES = {"shuffled": "the references in random order", "majority": "always the most frequent label"}
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)     # shares of rows that the table answers
+MOST_LABELS = 200       # that the table lists
 SMALL = 30              # references under which a label's scores are called rough
 
 
@@ -116,17 +117,16 @@ def labels_section(found: ScoreFiles) -> Markup:
     """Every label that occurs among the references, the hardest first."""
     rates = label_rates(found)
     known = sorted(np.unique(found.reference).tolist(), key=lambda code: (rates.f1[code], -rates.n[code], found.names[code]))
-    cosines = [found.cosines.get(normalize_label(found.names[code])) for code in known]
     rows: list[list[Child]] = []
-    for code, cosine in zip(known, cosines, strict=True):
-        f1 = float(rates.f1[code])
+    for code in known[:MOST_LABELS]:
+        f1, cosine = float(rates.f1[code]), found.cosines.get(normalize_label(found.names[code]))
         rows.append([tag("span", shortened(found.names[code], 70), title=found.names[code]), f"{rates.n[code]:,.0f}",
                      f"{rates.predicted[code]:,.0f}", f"{rates.precision[code]:.2f}", f"{rates.recall[code]:.2f}", f"{f1:.2f}",
                      picture(90, 12, f"F1 {f1:.2f}", tag("rect", x=0, y=4, width=90, height=4, class_="track"),
                              tag("rect", x=0, y=4, width=90 * f1, height=4, class_="fill"), class_="bar small"),
                      "–" if cosine is None else f"{cosine:.2f}"])
     rough = sum(rates.n[code] < SMALL for code in known)
-    said = f"{len(known)} labels, the hardest first."
+    said = f"{len(known):,} labels, the hardest " + (f"{MOST_LABELS}." if len(known) > MOST_LABELS else "first.")
     if rough:
         said += (f" {'All' if rough == len(known) else rough} of them have fewer than {SMALL} rows: one row more or less moves "
                  "their scores by several points.")

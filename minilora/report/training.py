@@ -27,12 +27,13 @@ def training_section(run: RunFiles) -> Markup:
         if len(at):
             charts.append(draw(run, at, values))
     missing = [said for name, said in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens", "tokens"),
-                                       ("peak_bytes", "memory")) if not len(run.metrics.series(name)[0])]
+                                       ("seconds", "time of a step"), ("peak_bytes", "memory")) if not len(run.metrics.series(name)[0])]
     gap = tag("p", f"Not in this run's metrics: {', '.join(missing)}.", class_="quiet") if missing else None
     return tag("section", tag("h2", "Training"), tag("div", charts, class_="charts"), gap)
 
 
-def _raw_and_smooth(frame: Frame, at: Floats, values: Floats) -> list[Child]:
+def raw_and_smooth(frame: Frame, at: Floats, values: Floats) -> list[Child]:
+    """Each step thin, the mean over a `window` bold."""
     width = window(len(values))
     return [frame.line(at, values, "raw" if width > 1 else "main"),
             frame.line(at, smooth(values, width), "main") if width > 1 else None]
@@ -49,7 +50,7 @@ def _loss(run: RunFiles) -> Markup:
                   log_axis(low, high, title + ", logarithmic") if logarithmic else linear_axis(min(0.0, low), high, title))
     width = window(len(loss))
     key = [("raw", "each step"), ("main", f"mean of {width} steps")] if width > 1 else [("main", "training")]
-    marks = _raw_and_smooth(frame, at, loss)
+    marks = raw_and_smooth(frame, at, loss)
     if len(val):
         marks += [frame.line(val_at, val, "second") if len(val) > 1 else None,
                   frame.dots(val_at, val, "second", [f"step {s:.0f}: validation loss {v:.4f}"
@@ -57,7 +58,7 @@ def _loss(run: RunFiles) -> Markup:
         key.append(("second-dots", "validation"))
         best = int(val.argmin())
         said = f"Lowest validation loss {val[best]:.4f} at step {val_at[best]:,.0f}"
-        said += ", the last one measured." if best == len(val) - 1 else f"; {val[-1]:.4f} at the last, so it rose since."
+        said += ", the last one measured." if val[-1] <= val[best] else f"; {val[-1]:.4f} at the last, so it rose since."
     else:
         said = "No validation loss was measured" + ("." if run.config.val else " (no --val).")
     return figure("Loss", frame.draw("Training and validation loss at each step", *marks), said, legend(key))
@@ -76,11 +77,11 @@ def _norm(run: RunFiles, at: Floats, norm: Floats) -> Markup:
     frame = Frame(steps_axis(run.metrics), log_axis(float(norm.min()), top, title + ", logarithmic") if logarithmic
                   else linear_axis(0, top, title))
     drawn = bound and frame.y.low <= bound <= frame.y.high
-    marks = [frame.level(bound, "bound", f"bound {bound:g}") if drawn else None, *_raw_and_smooth(frame, at, norm)]
+    marks = [frame.level(bound, "bound", f"bound {bound:g}") if drawn else None, *raw_and_smooth(frame, at, norm)]
     said = "Gradients were not clipped (max_grad_norm 0)."
     if bound:
         clipped = int((norm > bound).sum())
-        said = (f"Before clipping. {clipped:,} of {len(norm):,} steps ({percent(clipped / len(norm), 0)}) were above "
+        said = (f"Before clipping. {clipped:,} of {len(norm):,} steps ({percent(clipped / len(norm))}) were above "
                 f"{bound:g} and scaled down to it.")
     return figure("Gradient norm", frame.draw("Gradient norm at each step", *marks), said,
                   legend([("bound", f"bound {bound:g}")]) if drawn else None)
@@ -95,7 +96,7 @@ def _speed(run: RunFiles, at: Floats, tokens: Floats) -> Markup | None:
     frame = Frame(steps_axis(run.metrics), linear_axis(0, float(speed.max()), "tokens a second"))
     said = (f"{tokens[timed].sum() / seconds[timed].sum():,.0f} tokens a second over the whole run, prompt and label, "
             "without padding and without validation.")
-    return figure("Speed", frame.draw("Tokens a second at each step", *_raw_and_smooth(frame, at[timed], speed)), said)
+    return figure("Speed", frame.draw("Tokens a second at each step", *raw_and_smooth(frame, at[timed], speed)), said)
 
 
 def _memory(run: RunFiles, at: Floats, peak: Floats) -> Markup:
