@@ -144,7 +144,7 @@ def _heat_map(found: ScoreFiles, answers: Counter[tuple[int, int]]) -> Child:
                 title = f"{n} of {references[a]}: {found.names[a]} answered as {found.names[b]}"
                 x, y = left + cell * j, top + cell * i
                 parts.append(tag("rect", tag("title", title), x=x + 1, y=y + 1, width=cell - 2, height=cell - 2, rx=2,
-                                 class_="hit" if a == b else "miss", fill_opacity=f"{0.15 + 0.85 * share:.2f}"))
+                                 class_="hit" if a == b else "miss", fill_opacity=f"{0.2 + 0.8 * share:.2f}"))
                 if cell > 15 or a != b:
                     parts.append(tag("text", f"{n}", x=x + cell / 2, y=y + cell / 2 + size * 0.36, font_size=size,
                                      class_="middle count" + (" strong" if share > 0.5 else "")))

@@ -14,7 +14,6 @@ from minilora.report.scoring import interval_bar
 from minilora.report.svg import smooth
 from minilora.report.training import window
 
-
 NEXT_LINE = " \\\n    "      # between the flags of a command, which a shell reads as one
 
 

@@ -91,7 +91,8 @@ footer { margin-top: 56px; border-top: 1px solid var(--rule); padding-top: 12px;
 @media (max-width: 600px) { body { padding: 24px 16px 48px; } h1 { font-size: 24px; } h2 { margin-top: 40px; }
   .headline .score { font-size: 48px; } td, th { padding-right: 12px; } .tiles { grid-template-columns: 1fr 1fr; }
   table { font-size: 14px; } .axis, .tick { font-size: 13px; }
-  .scores .block, .scores td:nth-child(4), .scores th:nth-child(4) { display: none; } }
+  .scores .block, .scores :is(td, th):nth-child(4), .labels :is(td, th):is(:nth-child(3), :nth-child(n + 7)) {
+    display: none; } }
 @media print { :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --quiet: #444b52; --rule: #bbc1c8;
     --soft: #f3f4f6; --grid: #dfe3e7; --blue: #0068a8; --orange: #d55e00; --raw: #9dbfd8; --alarm: #a3195b; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

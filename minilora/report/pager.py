@@ -62,9 +62,12 @@ def pager_section(run: RunFiles) -> Markup | None:
     seconds = run.metrics.columns["seconds"][np.isin(run.metrics.steps, steps)]
     timed = seconds > 0
     share = grown["stall_seconds"][timed] / seconds[timed]
+    save_every = run.config.save_every
+    checkpoint = (f" A checkpoint (every {save_every:,} steps) reads every page, which counts for the step after it."
+                  if 0 < save_every < steps[-1] else "")
     charts = [
         chart("Faults and evictions", "A fault is a page that was wanted and not there; an eviction is one that was put out to "
-              "make room. Without a budget to keep there is one fault for each page, once.",
+              "make room. Without a budget to keep there is one fault for each page, once." + checkpoint,
               [("main", "faults", grown["faults"]), ("second", "evictions", grown["evictions"])], steps, "pages a step"),
         chart("Bytes moved", "What was read back into fast memory and written out of it; a page that was never written is not "
               "read, one that did not change is not written.",

@@ -132,4 +132,4 @@ def labels_section(found: ScoreFiles) -> Markup:
                  "their scores by several points.")
     return tag("section", tag("h2", "Label by label"), tag("p", said),
                table(["label", "rows", "answered", "precision", "recall", "F1", "", "cosine"], rows, numbers=(1, 2, 3, 4, 5, 7),
-                     class_="dense"))
+                     class_="dense labels"))

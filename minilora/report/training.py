@@ -26,8 +26,9 @@ def training_section(run: RunFiles) -> Markup:
         at, values = run.metrics.series(name)
         if len(at):
             charts.append(draw(run, at, values))
-    missing = [said for name, said in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens", "tokens"),
-                                       ("seconds", "time of a step"), ("peak_bytes", "memory")) if not len(run.metrics.series(name)[0])]
+    columns = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens": "tokens", "seconds": "time of a step",
+               "peak_bytes": "memory"}
+    missing = [said for name, said in columns.items() if not len(run.metrics.series(name)[0])]
     gap = tag("p", f"Not in this run's metrics: {', '.join(missing)}.", class_="quiet") if missing else None
     return tag("section", tag("h2", "Training"), tag("div", charts, class_="charts"), gap)
 
