@@ -185,6 +185,26 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     assert "Unfinished" not in whole and "minilora evaluate" in whole
 
 
+def test_a_run_that_went_on_says_that_its_adapter_is_older(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=30)
+    card = run / "README.md"
+    card.write_text(card.read_text() + "| steps | 30 of 16 x 1 notes |\n")
+    assert "is of step" not in words(report(run))
+    card.write_text(card.read_text().replace("| 30 of", "| 20 of"))
+    assert "to predict with is of step 20" in words(report(run))
+
+
+def test_of_many_labels_the_worst_are_drawn_and_listed(tmp_path: Path) -> None:
+    labels = [f"CT Region {index}" for index in range(250)]
+    run = write_scores(write_run(tmp_path / "run", labels=labels) / "evaluation", labels, n=500, wrong=1).parent
+    page = parse(report(run))
+    heat = next(picture for picture in page.iter("svg") if picture.attrib["class"] == "heat")
+    assert len([text for text in heat.iter("text") if text.attrib.get("class") == "end"]) == 60
+    assert "250 labels, the hardest 200." in words(run / "report.html")
+    assert "and 190 labels in fewer errors." in words(run / "report.html")
+    assert len(page.findall(".//table[@class='dense labels']/tbody/tr")) == 200
+
+
 @pytest.mark.parametrize("rest", [b'{"step": 31, "lo', b"{", b"\0\0\0", b'{"step": 31}'])
 def test_a_last_line_that_was_cut_short_is_left_out_and_said(rest: bytes, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", finished=False)
@@ -272,8 +292,9 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a broken line": (replace(METRICS, '{"step": 5,', '{"step": ,'), "line 5 is no JSON object"),
     "a line of another kind": (replace(METRICS, '{"step": 5,', '{"stop": 5,'), "line 5 lacks step"),
     "metrics that are not text": (write(METRICS, b"\xff\xfe\n"), "line 1 is no JSON object"),
-    "a loss that is no number": (replace(METRICS, '"loss": 3.0', '"loss": NaN'), "line 1: loss is no finite number"),
-    "a huge number": (replace(METRICS, '"tokens": 91', '"tokens": 1' + "0" * 400), "line 1: tokens is no finite number"),
+    "a loss that is no number": (replace(METRICS, '"loss": 3.0', '"loss": NaN'), "line 1: loss is no number that training"),
+    "a huge number": (replace(METRICS, '"tokens": 91', '"tokens": 1' + "0" * 400), "line 1: tokens is no number that training"),
+    "half a step": (replace(METRICS, '{"step": 5,', '{"step": 4.5,'), "line 5: step is no number that training"),
     "a step twice": (replace(METRICS, '{"step": 5,', '{"step": 4,'), "line 5: step 4 comes after step 4"),
     "labels": (write("labels.txt", b"a\na\n"), "duplicate of line 1"),
     "no JSON": (write(SCORES, b"{"), "not readable JSON"),

@@ -42,6 +42,8 @@ def heading(run: RunFiles, found: ScoreFiles | None, hint: str) -> Markup:
         planned = f" of at most {config.max_steps:,}" if config.max_steps else ""
         state = (f"Unfinished: {steps:,}{planned} steps, and no adapter or model yet. It is still running, or was stopped; "
                  "train --resume goes on from its last checkpoint.")
+    elif (saved := run.card.get("steps", "").partition(" ")[0]).isdigit() and int(saved) != steps:
+        state = f"What it holds to predict with is of step {int(saved):,}; the run went on since, and has not ended again."
     if metrics.cut:
         state += " The last line of metrics.jsonl was cut short and is left out."
     return tag("header", tag("p", "minilora run report", class_="quiet"),

@@ -8,21 +8,20 @@ from minilora.report.runfiles import Metrics
 from minilora.report.svg import Axis, linear_axis
 
 
-def figure(title: str, drawn: Markup, caption: Child = None, key: Child = None, class_: str | None = None) -> Markup:
+def figure(title: str, drawn: Markup, caption: Child, key: Markup | None = None) -> Markup:
     """A chart under its title and above the sentence that says how to read it."""
     key = key or tag("p", class_="legend")      # room for one, so that charts side by side stand at one height
-    return tag("figure", tag("h3", title), key, drawn, tag("figcaption", caption) if caption else None, class_=class_)
+    return tag("figure", tag("h3", title), key, drawn, tag("figcaption", caption))
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> Markup | None:
-    """What each style (class of the stylesheet) stands for."""
-    if not entries:
-        return None
-    swatch = {"dots": lambda style: tag("circle", cx=10, cy=5, r=3.5, class_=f"dot {style}"),
-              "line": lambda style: tag("line", x1=1, y1=5, x2=19, y2=5, class_=f"line {style}")}
-    return tag("p", [tag("span", tag("svg", swatch["dots" if style.endswith("-dots") else "line"](style.removesuffix("-dots")),
-                                     viewBox="0 0 20 10", class_="swatch", aria_hidden="true"), name)
-                     for style, name in entries], class_="legend")
+    """What each style (a class of the stylesheet; "…-dots" for dots) stands for."""
+    def swatch(style: str) -> Markup:
+        drawn = (tag("circle", cx=10, cy=5, r=3.5, class_=f"dot {style.removesuffix('-dots')}") if style.endswith("-dots")
+                 else tag("line", x1=1, y1=5, x2=19, y2=5, class_=f"line {style}"))
+        return tag("svg", drawn, viewBox="0 0 20 10", class_="swatch", aria_hidden="true")
+
+    return tag("p", [tag("span", swatch(style), name) for style, name in entries], class_="legend") if entries else None
 
 
 def steps_axis(metrics: Metrics) -> Axis:

@@ -106,8 +106,8 @@ def _read_line(line: bytes, where: str) -> dict[str, float]:
     for name in ("step", *NUMBERS):
         if name in values:
             number = finite(values[name])
-            if number is None or (name == "step" and number < 1):
-                raise DataError(f"{where}: {name} is no finite number of a step; go on from the last checkpoint with train "
+            if number is None or (name == "step" and not (number >= 1 and number.is_integer())):
+                raise DataError(f"{where}: {name} is no number that training writes; go on from the last checkpoint with train "
                                 "--resume")
             row[name] = number
     if "step" not in row or "loss" not in row:

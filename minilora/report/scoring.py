@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from minilora.calibration import BINS, calibration_error, coverage, reliability
-from minilora.metrics import Floats, LabelScores, count_pairs, label_scores, normalize_label
+from minilora.metrics import Floats, count_pairs, label_scores, normalize_label
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import figure, legend, percent, shortened
 from minilora.report.scorefiles import ScoreFiles
@@ -108,14 +108,9 @@ def _coverage(probability: Floats, found: ScoreFiles) -> Markup:
                   legend([("main", "right among those answered"), ("bound", "all answered")]))
 
 
-def label_rates(found: ScoreFiles) -> LabelScores:
-    """Precision, recall and F1 of each label, by code."""
-    return label_scores(count_pairs(found.reference, found.prediction, np.zeros((len(found.names), 1))))
-
-
 def labels_section(found: ScoreFiles) -> Markup:
     """Every label that occurs among the references, the hardest first."""
-    rates = label_rates(found)
+    rates = label_scores(count_pairs(found.reference, found.prediction, np.zeros((len(found.names), 1))))
     known = sorted(np.unique(found.reference).tolist(), key=lambda code: (rates.f1[code], -rates.n[code], found.names[code]))
     rows: list[list[Child]] = []
     for code in known[:MOST_LABELS]:
