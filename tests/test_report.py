@@ -194,6 +194,19 @@ def test_a_run_that_went_on_says_that_its_adapter_is_older(tmp_path: Path) -> No
     assert "to predict with is of step 20" in words(report(run))
 
 
+def test_errors_by_hand(tmp_path: Path) -> None:
+    one, other, head = "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "CT Brain WO Contrast"
+    run = write_run(tmp_path / "run", labels=[one, other, head])
+    page = parse(report(write_scores(run / "evaluation", [one, other, head], n=8, wrong=4).parent))     # rows 0 and 4 of 8
+    cells = [["".join(cell.itertext()) for cell in row.findall("td")] for row in page.iter("tr")]
+    assert ["contrast alone", "1", "50%", "1 of 2"] in cells and ["region alone", "1", "50%", "1 of 2"] in cells
+    assert [row for row in cells if len(row) == 4 and row[1] in (one, other, head)] == [
+        ["1", one, other, "contrast: with against without"], ["1", other, head, "region: abdomen against head"]]
+    drawn = {title.text for title in page.iter("title")}
+    assert {f"1 of 3: {one} answered as {other}", f"2 of 3: {one} answered as {one}"} <= drawn
+    assert f"1 of 3: {one} answered as {head}" not in drawn
+
+
 def test_of_many_labels_the_worst_are_drawn_and_listed(tmp_path: Path) -> None:
     labels = [f"CT Region {index}" for index in range(250)]
     run = write_scores(write_run(tmp_path / "run", labels=labels) / "evaluation", labels, n=500, wrong=1).parent

@@ -77,7 +77,7 @@ def errors_section(found: ScoreFiles) -> Markup:
             listed.append([f"{n:,}", _name(found.names[a]), _name(found.names[b]), *([difference or "–"] if protocols else [])])
     most = max(kinds.values())
     bars = [[kind, f"{n:,}", percent(n / total, 0),
-             picture(200, 12, f"{n} errors", tag("rect", x=0, y=2, width=200 * n / most, height=8, class_="fill wrong"),
+             picture(200, 12, f"{n} of {total}", tag("rect", x=0, y=2, width=200 * n / most, height=8, class_="fill wrong"),
                      class_="bar")] for kind, n in sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))]
     close = [[str(pair.confused), _name(pair.a), _name(pair.b), f"{pair.cosine:.3f}", pair.difference]
              for pair in found.close_pairs[:CLOSE_LISTED]]
@@ -147,7 +147,7 @@ def _heat_map(found: ScoreFiles, answers: Counter[tuple[int, int]]) -> Child:
                                  class_="hit" if a == b else "miss", fill_opacity=f"{0.2 + 0.8 * share:.2f}"))
                 if cell > 15 or a != b:
                     parts.append(tag("text", f"{n}", x=x + cell / 2, y=y + cell / 2 + size * 0.36, font_size=size,
-                                     class_="middle count" + (" strong" if share > 0.5 else "")))
+                                     class_="middle count" + (" strong" if share > (0.5 if a == b else 0.75) else "")))
     left_out = sum(n > 0 for n in references) - sum(references[code] > 0 for code in rows)
     said = ("Rows: what was right, with the number of references; columns: what was answered. Blue is right, orange an error; "
             "the stronger, the larger its share of the row. Empty cells are left out"
