@@ -163,6 +163,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+    sub = command("report", _report, "write a run as one HTML page: training, memory, scores, errors, settings")
+    sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
+    sub.add_argument("--out", help="page to write (default: report.html in the run folder)")
+    sub.add_argument("--evaluation", metavar="DIR",
+                     help="what evaluate wrote (default: the only evaluation in RUN, or beside it where no other run lies)")
+    sub.add_argument("--show-text", action="store_true",
+                     help="show the hardest notes; they are patient data: the page is then readable by its owner alone")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing page")
+
     sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
     sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -265,6 +274,11 @@ def _memory(args: argparse.Namespace) -> None:
     print(table(columns))
     if args.json:
         write_json(args.json, [as_object(column) for column in columns])
+
+
+def _report(args: argparse.Namespace) -> None:
+    from minilora.report import write_report
+    print(write_report(args.folder, args.out, args.evaluation, args.show_text, args.overwrite))
 
 
 def _audit(args: argparse.Namespace) -> None:
