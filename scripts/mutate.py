@@ -41,6 +41,13 @@ MODEL, ROTARY, MASKS = "llama/model.py", "llama/rotary.py", "llama/masks.py"
 LOSS, STEPPING = "loss.py", "stepping.py"
 PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
+DECAY = "    if weight_decay:\n        param.mul_(1 - lr * weight_decay)\n"
+STEP = """    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    step_size = lr / (1 - beta1 ** step)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2 ** step)).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-step_size)
+"""
 QUANT_TESTS = "tests/quant tests/test_testing.py"
 LLAMA_TESTS = "tests/llama/test_model.py tests/peers/test_transformers_logits.py"
 LORA_TESTS = "tests/layers tests/test_testing.py"
@@ -116,9 +123,7 @@ MUTATIONS = (
              "tests/data tests/test_testing.py"),
     Mutation("the same order every epoch", BATCHES, "np.random.SeedSequence([seed, epoch])", "np.random.SeedSequence([seed])",
              "tests/data"),
-    Mutation("decay after the step", ADAMW, "        param.mul_(1 - lr * weight_decay)\n    exp_avg.lerp_(grad, 1 - beta1)\n",
-             "        exp_avg.lerp_(grad, 1 - beta1)\n        param.mul_(1 - lr * weight_decay)\n",
-             "tests/optim tests/test_testing.py"),
+    Mutation("decay after the step", ADAMW, DECAY + STEP, STEP + DECAY, "tests/optim tests/test_testing.py"),
     Mutation("epsilon inside the root's correction", ADAMW, ".div_(math.sqrt(1 - beta2 ** step)).add_(eps)",
              ".add_(eps).div_(math.sqrt(1 - beta2 ** step))", "tests/optim tests/test_testing.py"),
     Mutation("no bias correction", ADAMW, "step_size = lr / (1 - beta1 ** step)", "step_size = lr",
