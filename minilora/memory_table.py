@@ -24,7 +24,6 @@ PARTS = {"weights": "W", "absmax": "c", "adapters": "a", "gradients": "g", "opti
 MOMENTS = {"begin": "the backward begins", "end": "the backward ends", "step": "the optimizer steps"}
 WITHOUT = {"begin": ("gradients",), "end": ("activations", "logits"), "step": ("activations", "logits")}
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)      # GB, as sold
-ALLOWANCE = 1.5             # of the peak: glibc's malloc was seen to hold back up to 0.46 of it in a run of 110 million weights
 WIDTH = 60
 
 
@@ -88,14 +87,18 @@ def table(columns: Sequence[Column]) -> str:
                                                 for column in columns))
     largest = max(max(column.peaks) for column in columns)
     lines += ["", *(bar(column, largest) for column in columns), "",
-              f"  Beside it stand Python and torch ({size(_own_bytes())} here), and memory that malloc or torch holds back",
-              f"  when it is freed: to have is {ALLOWANCE:g} times the peak, and these two.  Not counted: dropout, DoRA."]
+              f"  To have: room for Python and torch ({size(_own_bytes())} here) as well, and for activations, logits and",
+              "  scratch once more, since allocators hold freed memory back.  Not counted: dropout, DoRA."]
     return "\n".join(lines)
 
 
 def to_have(column: Column) -> str:
-    """The smallest memory, as sold, that holds the peak with some allowance."""
-    needed = ALLOWANCE * max(column.peaks) + _own_bytes()
+    """The smallest memory, as sold, that holds the peak, Python and torch, and what is made and dropped twice over.
+
+    Allocators hold some of that back when it is freed: glibc's malloc between 0.4 and 0.95 of it in runs of 110 million weights.
+    """
+    parts = column.parts
+    needed = max(column.peaks) + parts.activations + parts.logits + parts.scratch + _own_bytes()
     return next((f"{size} GB" for size in SIZES if size * 1e9 >= needed), f"over {SIZES[-1]} GB")
 
 

@@ -115,7 +115,7 @@ def test_a_bar_is_cut_into_its_parts_to_scale() -> None:
 
 def test_the_memory_to_have_is_a_size_that_is_sold() -> None:
     parts = predict(shape_of("70b"), Workload("qlora", gradient_checkpointing=True))
-    assert to_have(Column(Workload("qlora"), parts, Peaks.of(parts))) == "64 GB"
+    assert to_have(Column(Workload("qlora"), parts, Peaks.of(parts))) == "48 GB"     # QLoRA's own claim, for 65B
     assert (size(999), size(1.5e9), size(2_500_000)) == ("0.0 MB", "1.50 GB", "2.5 MB")
 
 
