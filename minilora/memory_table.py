@@ -95,7 +95,7 @@ def table(columns: Sequence[Column]) -> str:
 def to_have(column: Column) -> str:
     """The smallest memory, as sold, that holds the peak, Python and torch, and what is made and dropped twice over.
 
-    Allocators hold some of that back when it is freed: glibc's malloc between 0.4 and 0.95 of it in runs of 110 million weights.
+    Allocators hold some of that back when it is freed: glibc's malloc 0.4 to 0.95 of it in runs of 110 million weights.
     """
     parts = column.parts
     needed = max(column.peaks) + parts.activations + parts.logits + parts.scratch + _own_bytes()
