@@ -163,7 +163,8 @@ def run(mutation: Mutation, work: Path) -> tuple[bool, str]:
         raise SystemExit(f"{mutation.name}: the line stands {source.count(mutation.before)} times in {mutation.file}")
     path.write_text(source.replace(mutation.before, mutation.after))
     try:
-        environment = {**os.environ, "PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1"}
+        # The reference is what is broken here, so it must be what runs; tests/kernels hold the vector code against it.
+        environment = {**os.environ, "PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1", "MINILORA_KERNELS": "reference"}
         imports = subprocess.run([sys.executable, "-c", "import minilora.cli, minilora.demo; print(minilora.cli.__file__)"],
                                  cwd=work, env=environment, capture_output=True, text=True, check=False)
         if imports.returncode or not imports.stdout.startswith(str(work)):
