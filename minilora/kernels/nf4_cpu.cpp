@@ -41,15 +41,59 @@ namespace {
 typedef float Floats __attribute__((vector_size(64)));          // 16 float32
 typedef uint32_t Words __attribute__((vector_size(64)));        // 16 × 32 bits: table entries or indices
 typedef uint64_t Longs __attribute__((vector_size(64)));        // 8 × 64 bits
-typedef uint16_t Halves __attribute__((vector_size(32)));       // 16 × 16 bits
-typedef uint8_t Bytes16 __attribute__((vector_size(16)));
-typedef uint8_t Bytes8 __attribute__((vector_size(8)));
 
 template <class V> inline V load(const void* from) { V v; memcpy(&v, from, sizeof v); return v; }
 template <class V> inline void store(void* to, V v) { memcpy(to, &v, sizeof v); }
 
-inline Words widen16(const uint8_t* from) { return __builtin_convertvector(load<Bytes16>(from), Words); }
-inline Longs widen8(const uint8_t* from) { return __builtin_convertvector(load<Bytes8>(from), Longs); }
+// Unsigned bytes, each in 32 or in 64 bits.  (`__builtin_convertvector` says the same, but GCC 12 moves byte by byte for it.)
+inline Words widen16(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+    __m256i result[2] = {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)),
+                         _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8)))};
+    return load<Words>(result);
+#else
+    uint32_t result[16];
+    for (int i = 0; i < 16; ++i) result[i] = from[i];
+    return load<Words>(result);
+#endif
+}
+
+inline Longs widen8(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (Longs)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(__AVX2__)
+    int32_t halves[2];
+    memcpy(halves, from, 8);
+    __m256i result[2] = {_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(halves[0])), _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(halves[1]))};
+    return load<Longs>(result);
+#else
+    uint64_t result[8];
+    for (int i = 0; i < 8; ++i) result[i] = from[i];
+    return load<Longs>(result);
+#endif
+}
+
+// Sixteen 16-bit numbers, each in 32 bits.
+inline Words widen_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
+    uint32_t result[16];
+    for (int i = 0; i < 16; ++i) result[i] = from[i];
+    return load<Words>(result);
+#endif
+}
+
+// The lowest byte of each.
+inline void store_bytes(uint8_t* to, Longs v) {
+#if defined(__AVX512F__)
+    _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8((__m512i)v));
+#else
+    for (int i = 0; i < 8; ++i) to[i] = (uint8_t)v[i];
+#endif
+}
 
 // table[index & 15] in each of the sixteen places.
 inline Words lookup(Words table, Words index) {
@@ -117,9 +161,9 @@ inline Floats multiply_add(Floats sum, Floats a, Floats b) {
 inline float total(Floats v) {
     float lanes[16];
     store(lanes, v);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+    for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
+    for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 // ------------------------------------------------------------------------------------------------------------- 16-bit floats
@@ -132,6 +176,11 @@ inline Words choose(Words condition, Words yes, Words no) { return (condition & 
 inline Words to_bfloat16(Floats v) {
     Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return choose((Words)(v != v), (bits >> 16) | 0x40, rounded);
+}
+inline uint16_t to_bfloat16(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return (uint16_t)((v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // Round to the nearest float16, ties to even (the branchless form of Fabian Giesen's float_to_half).
@@ -154,7 +203,7 @@ inline Floats from_float16(Words half) {
 
 template <int KIND> inline Floats load_floats(const void* from, int64_t i) {
     if (KIND == FLOAT32) return load<Floats>((const float*)from + i);
-    Words half = __builtin_convertvector(load<Halves>((const uint16_t*)from + i), Words);
+    Words half = widen_halves((const uint16_t*)from + i);
     return KIND == BFLOAT16 ? (Floats)(half << 16) : from_float16(half);
 }
 
@@ -277,203 +326,217 @@ template <int KIND> void unpack_all(const Packed& w, void* out, int threads) {
     });
 }
 
-// ------------------------------------------------------------------------------------------------ multiply: the weights' order
+// ------------------------------------------------------------------------------------------------------------------- multiply
 
-// y = x Wᵀ + bias for one to four rows x: every weight meets its rows of x straight from the register it was looked up in.
-//
-// A register of bytes yields sixteen even weights (by high nibbles) and sixteen odd ones.  Putting them in order would cost
-// more than the lookups; instead x is split likewise once per call: 32 elements become 16 even and then 16 odd ones.
-// The sum runs over eight chains per weight row, and W_ROWS rows at once share each load of x.
-const int W_ROWS = 4, FEW = 4;
-
-template <int ROWS, bool ROUND> void multiply_few(const Packed& w, int64_t row, int w_rows, int64_t in, const float* x,
-                                                  float* absmax, float* sums) {
-    const int64_t blocks = in / w.blocksize;
-    Floats code = load<Floats>(w.code), even[W_ROWS][ROWS] = {}, odd[W_ROWS][ROWS] = {};
-    decode_absmax(w, row * blocks, w_rows * blocks, absmax);
-    const uint8_t* packed[W_ROWS];
-    const float* constants[W_ROWS];
-    for (int n = 0; n < W_ROWS; ++n) {              // past the matrix's last row the last one is computed again, and dropped
-        int real = n < w_rows ? n : w_rows - 1;
-        packed[n] = w.packed + (row + real) * in / 2;
-        constants[n] = absmax + real * blocks;
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-        Floats table[W_ROWS];
-        for (int n = 0; n < W_ROWS; ++n) {
-            table[n] = code * constants[n][b];
-            if (ROUND) table[n] = (Floats)(to_bfloat16(table[n]) << 16);
-        }
-        for (int64_t i = b * w.blocksize; i < (b + 1) * w.blocksize; i += 32) {
-            for (int n = 0; n < W_ROWS; ++n) {
-                Words byte = widen16(packed[n] + i / 2);
-                Floats high = lookup(table[n], byte >> 4), low = lookup(table[n], byte);
-                for (int r = 0; r < ROWS; ++r) {
-                    even[n][r] = multiply_add(even[n][r], high, load<Floats>(x + i * ROWS + 32 * r));
-                    odd[n][r] = multiply_add(odd[n][r], low, load<Floats>(x + i * ROWS + 32 * r + 16));
-                }
-            }
-        }
-    }
-    for (int n = 0; n < w_rows; ++n)
-        for (int r = 0; r < ROWS; ++r) sums[n * ROWS + r] = total(even[n][r] + odd[n][r]);
-}
-
-// --------------------------------------------------------------------------------------------------- multiply: through a tile
-
-// y = x Wᵀ + bias for more rows: W_ROWS rows of W are unpacked into a tile that stays in the first caches, and each of them
-// meets X_ROWS rows of x at a time, so that a load of either serves several multiply-adds and all sums fit in registers.
-#if defined(__AVX512F__)
-const int X_ROWS = 6, TILE_ROWS = 4;                // 24 sums of 32 registers
-#else
-const int X_ROWS = 3, TILE_ROWS = 2;                // a sum takes two registers of 16 (AVX2) or four of 32 (NEON)
+#ifndef FEW
+#define FEW 16
 #endif
+#ifndef W8
+#define W8 2
+#endif
+// y = x Wᵀ + bias, and W never lies in memory.  The types below say what one 64-byte register of weights holds, how a scaled
+// table and such registers are made, and how a register of weights meets one of x.
+//
+// 2 · COUNT weights make two registers, `even` (by the high nibbles) and `odd` (by the low ones).  Putting them in order would
+// cost more than looking them up, so x is split the same way instead, once a call (`arrange`).
 
-// What a 64-byte register of both operands holds, and how it is multiplied.
 struct Singles {
     typedef float type;
     static const int COUNT = 16;
-    static inline Floats step(Floats sum, Words a, Words b) { return multiply_add(sum, (Floats)a, (Floats)b); }
+    static Words table(Floats code, float absmax) { return (Words)(code * absmax); }
+    static void weights(Words table, const uint8_t* from, Words& even, Words& odd) {
+        Words byte = widen16(from);
+        even = lookup(table, byte >> 4);
+        odd = lookup(table, byte);
+    }
+    static Floats step(Floats sum, Words weight, Words x) { return multiply_add(sum, (Floats)weight, (Floats)x); }
 };
-#if defined(__AVX512BF16__)
-// Two products a place, summed in float32.  The instruction takes subnormal numbers as zero and rounds each sum once.
-struct Pairs {
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// bfloat16: twice as many to a register, and two products a place and instruction, summed in float32.
+// Trap: these instructions take subnormal numbers (below 1.2e-38) for zero, in the table as in the product.
+struct ShortSingles {
     typedef uint16_t type;
     static const int COUNT = 32;
-    static inline Floats step(Floats sum, Words a, Words b) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+    static Words table(Floats code, float absmax) {
+        __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)(code * absmax));
+        return (Words)_mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);    // twice: an index has five bits here
+    }
+    static void weights(Words table, const uint8_t* from, Words& even, Words& odd) {
+        __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+        even = (Words)_mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), (__m512i)table);
+        odd = (Words)_mm512_permutexvar_epi16(byte, (__m512i)table);
+    }
+    static Floats step(Floats sum, Words weight, Words x) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)weight, (__m512bh)(__m512i)x);
     }
 };
-typedef Pairs For16Bits;
 #else
-typedef Singles For16Bits;                          // 16-bit numbers are widened to float32, exactly
+// bfloat16 without such instructions: the weights are rounded to it, and held and multiplied in float32.
+struct ShortSingles : Singles {
+    static Words table(Floats code, float absmax) { return to_bfloat16(code * absmax) << 16; }
+};
 #endif
 
-template <class E, int ROWS> void multiply_tile(const char* tile, int64_t stride, const char* x, int64_t steps, float* sums) {
-    Floats sum[TILE_ROWS][ROWS] = {};
-    for (int64_t s = 0; s < steps; ++s) {
-        Words weight[TILE_ROWS];
-        for (int n = 0; n < TILE_ROWS; ++n) weight[n] = load<Words>(tile + n * stride + 64 * s);
-        for (int r = 0; r < ROWS; ++r) {
-            Words from_x = load<Words>(x + 64 * (s * ROWS + r));
-            for (int n = 0; n < TILE_ROWS; ++n) sum[n][r] = E::step(sum[n][r], weight[n], from_x);
-        }
-    }
-    for (int n = 0; n < TILE_ROWS; ++n)
-        for (int r = 0; r < ROWS; ++r) sums[n * ROWS + r] = total(sum[n][r]);
-}
+template <int KIND> struct Input { typedef uint16_t type; };
+template <> struct Input<FLOAT32> { typedef float type; };
+template <int KIND> struct Multiplied { typedef ShortSingles type; };
+template <> struct Multiplied<FLOAT32> { typedef Singles type; };
 
-// x (rows, in) as the loops above read it, each in its own order; `E` is the type the products are taken in.
-template <int KIND> inline float as_float(const void* x, int64_t i) {
-    if (KIND == FLOAT32) return ((const float*)x)[i];
-    uint32_t bits = (uint32_t)((const uint16_t*)x)[i] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-template <int KIND> inline void element(const void* x, int64_t i, float* to) { *to = as_float<KIND>(x, i); }
-template <int KIND> inline void element(const void* x, int64_t i, uint16_t* to) { *to = ((const uint16_t*)x)[i]; }
-
-// sums (w_rows, rows) of weight rows row … row + w_rows, rounded once to y (all rows, out).
-template <int KIND> void store_sums(const float* sums, int64_t row, int w_rows, int64_t first, int rows, const float* bias,
-                                    int64_t out, void* y) {
-    for (int n = 0; n < w_rows; ++n)
-        for (int r = 0; r < rows; ++r) {
-            float value = sums[n * rows + r] + (bias ? bias[row + n] : 0.0f);
-            int64_t at = (first + r) * out + row + n;
-            if (KIND == FLOAT32) ((float*)y)[at] = value;
-            else ((uint16_t*)y)[at] = (uint16_t)to_bfloat16(Floats{value})[0];
-        }
+inline void copy(float* to, const float* from) { *to = *from; }
+inline void copy(uint16_t* to, const uint16_t* from) { *to = *from; }
+inline void copy(float* to, const uint16_t* from) {
+    uint32_t bits = (uint32_t)*from << 16;
+    memcpy(to, &bits, sizeof bits);
 }
 
 struct Product {
     const Packed& w;
     int64_t out, in;
-    const void* x;
+    const void* x;                      // (rows, in)
     int64_t rows;
-    const float* bias;
-    void* y;
+    const float* bias;                  // (out), or null
+    void* y;                            // (rows, out)
     int threads;
 };
 
-template <int KIND, int ROWS> void few(const Product& p) {
-    Scratch<float> x(p.in * ROWS);
-    for (int64_t i = 0; i < p.in; i += 32)
-        for (int r = 0; r < ROWS; ++r)
-            for (int k = 0; k < 32; ++k) x.data[i * ROWS + 32 * r + k / 2 + k % 2 * 16] = as_float<KIND>(p.x, r * p.in + i + k);
+// x's rows first … first + rows, as the loops below read them: a register of each row, then the next register of each.
+// With `split` registers 2s and 2s + 1 hold the even and the odd elements of what they would hold otherwise.
+template <int KIND, class E> void arrange(const Product& p, int64_t first, int rows, bool split, typename E::type* to) {
+    typedef typename Input<KIND>::type From;
+    const int64_t COUNT = E::COUNT, registers = ceil_div(p.in, COUNT);
+    memset(to, 0, registers * rows * 64);
+    for (int64_t s = 0; s < registers; ++s)
+        for (int r = 0; r < rows && first + r < p.rows; ++r) {
+            int64_t start = split ? s / 2 * 2 * COUNT + s % 2 : s * COUNT, by = split ? 2 : 1;
+            const From* from = (const From*)p.x + (first + r) * p.in + start;
+            for (int64_t k = 0; k < COUNT && start + k * by < p.in; ++k) copy(to + (s * rows + r) * COUNT + k, from + k * by);
+        }
+}
+
+// sums (w_rows, rows) of weight rows row … row + w_rows and x's rows first … first + rows, rounded once to y.
+template <int KIND> void store_sums(const Product& p, const float* sums, int64_t row, int w_rows, int64_t first, int rows) {
+    for (int64_t n = row; n < smaller(row + w_rows, p.out); ++n)
+        for (int64_t r = first; r < smaller(first + rows, p.rows); ++r) {
+            float value = sums[(n - row) * rows + (r - first)] + (p.bias ? p.bias[n] : 0.0f);
+            if (KIND == FLOAT32) ((float*)p.y)[r * p.out + n] = value;
+            else ((uint16_t*)p.y)[r * p.out + n] = to_bfloat16(value);
+        }
+}
+
+// Few rows: a weight meets all of them straight from the register it was looked up in.  W_ROWS rows of W share each load of x.
+template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int64_t row, const typename E::type* x, float* absmax,
+                                                           float* sums) {
+    const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2;
+    int64_t w_rows = smaller(W_ROWS, p.out - row);
+    Floats code = load<Floats>(p.w.code), sum[W_ROWS][ROWS] = {};
+    decode_absmax(p.w, row * blocks, w_rows * blocks, absmax);
+    const uint8_t* packed[W_ROWS];
+    const float* constants[W_ROWS];
+    for (int n = 0; n < W_ROWS; ++n) {              // past the matrix's last row the last one is computed again, and dropped
+        int64_t real = smaller(n, w_rows - 1);
+        packed[n] = p.w.packed + (row + real) * p.in / 2;
+        constants[n] = absmax + real * blocks;
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+        Words table[W_ROWS];
+        for (int n = 0; n < W_ROWS; ++n) table[n] = E::table(code, constants[n][b]);
+        for (int64_t at = b * bytes; at < (b + 1) * bytes; at += E::COUNT) {
+            const typename E::type* pieces = x + 2 * at * ROWS;
+            for (int n = 0; n < W_ROWS; ++n) {
+                Words even, odd;
+                E::weights(table[n], packed[n] + at, even, odd);
+                __builtin_prefetch(packed[n] + at + W_ROWS * p.in / 2);         // the next W_ROWS rows, in time for them
+                for (int r = 0; r < ROWS; ++r) {
+                    sum[n][r] = E::step(sum[n][r], even, load<Words>(pieces + r * E::COUNT));
+                    sum[n][r] = E::step(sum[n][r], odd, load<Words>(pieces + (ROWS + r) * E::COUNT));
+                }
+            }
+        }
+    }
+    for (int n = 0; n < W_ROWS; ++n)
+        for (int r = 0; r < ROWS; ++r) sums[n * ROWS + r] = total(sum[n][r]);
+}
+
+template <int KIND, int W_ROWS, int ROWS> void few(const Product& p) {
+    typedef typename Multiplied<KIND>::type E;
+    const int64_t panels = ceil_div(p.rows, ROWS), panel = ROWS * p.in;
+    Scratch<typename E::type> x(panels * panel);
+    for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * ROWS, ROWS, true, x.data + i * panel);
     parallel(p.threads, ceil_div(p.out, W_ROWS), [&](int64_t from, int64_t to) {
         Scratch<float> absmax(W_ROWS * (p.in / p.w.blocksize));
         float sums[W_ROWS * ROWS];
-        for (int64_t row = from * W_ROWS; row < smaller(to * W_ROWS, p.out); row += W_ROWS) {
-            int w_rows = (int)smaller(W_ROWS, p.out - row);
-            // One row is exact: its weights are not rounded to x's type.
-            multiply_few<ROWS, KIND == BFLOAT16 && ROWS != 1>(p.w, row, w_rows, p.in, x.data, absmax.data, sums);
-            store_sums<KIND>(sums, row, w_rows, 0, ROWS, p.bias, p.out, p.y);
-        }
+        for (int64_t row = from * W_ROWS; row < smaller(to * W_ROWS, p.out); row += W_ROWS)
+            for (int64_t i = 0; i < panels; ++i) {
+                multiply_few<E, W_ROWS, ROWS>(p, row, x.data + i * panel, absmax.data, sums);
+                store_sums<KIND>(p, sums, row, W_ROWS, i * ROWS, ROWS);
+            }
     });
 }
 
-template <class E> void multiply_tile(int rows, const char* tile, int64_t stride, const char* x, int64_t steps, float* sums) {
-    switch (rows) {
-        case 1: return multiply_tile<E, 1>(tile, stride, x, steps, sums);
-        case 2: return multiply_tile<E, 2>(tile, stride, x, steps, sums);
-        case 3: return multiply_tile<E, 3>(tile, stride, x, steps, sums);
+// More rows, or blocks that straddle rows: some rows of W are unpacked into a tile that stays in the first caches, and meet a
+// panel of x's rows at a time, so that a load of either serves several multiply-adds while all sums stay in registers.
 #if defined(__AVX512F__)
-        case 4: return multiply_tile<E, 4>(tile, stride, x, steps, sums);
-        case 5: return multiply_tile<E, 5>(tile, stride, x, steps, sums);
-        case 6: return multiply_tile<E, 6>(tile, stride, x, steps, sums);
+const int PANEL = 6, TILE = 4;                      // 24 sums in 32 registers
+#else
+const int PANEL = 3, TILE = 2;                      // a sum takes two registers of 16 (AVX2), or four of 32 (NEON)
 #endif
+
+template <class E, int ROWS> void multiply_tile(const char* tile, int64_t stride, const typename E::type* x, int64_t registers,
+                                                float* sums) {
+    Floats sum[TILE][ROWS] = {};
+    for (int64_t s = 0; s < registers; ++s) {
+        Words weight[TILE];
+        for (int n = 0; n < TILE; ++n) weight[n] = load<Words>(tile + n * stride + 64 * s);
+        for (int r = 0; r < ROWS; ++r) {
+            Words piece = load<Words>(x + (s * ROWS + r) * E::COUNT);
+            for (int n = 0; n < TILE; ++n) sum[n][r] = E::step(sum[n][r], weight[n], piece);
+        }
     }
+    for (int n = 0; n < TILE; ++n)
+        for (int r = 0; r < ROWS; ++r) sums[n * ROWS + r] = total(sum[n][r]);
 }
 
-// Weights first … last, unpacked for products in E: float32, or bfloat16 as they are or widened.
-template <int KIND> inline void unpack_for(const Packed& w, int64_t first, int64_t last, uint16_t* to) {
-    unpack<KIND>(w, first, last, to);
-}
-template <int KIND> inline void unpack_for(const Packed& w, int64_t first, int64_t last, float* to) {
+// Weights first … last in the type they are multiplied in: as they are, or bfloat16 widened to float32.
+template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last, uint16_t* to) { unpack<KIND>(w, first, last, to); }
+template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last, float* to) {
     if (KIND == FLOAT32) return unpack<FLOAT32>(w, first, last, (uint32_t*)to);
-    uint16_t* half = (uint16_t*)(to + (last - first)) - (last - first);        // in the row's second half, widened forwards
-    unpack<BFLOAT16>(w, first, last, half);
-    for (int64_t i = 0; i < last - first; ++i) to[i] = as_float<BFLOAT16>(half, i);
+    uint16_t* half = (uint16_t*)to + (last - first);                // the second half of the room: widened from the front,
+    unpack<BFLOAT16>(w, first, last, half);                         // each is read before its place is written
+    for (int64_t i = 0; i < last - first; ++i) copy(to + i, half + i);
 }
 
-template <int KIND, class E> void many(const Product& p) {
+template <int KIND> void many(const Product& p) {
+    typedef typename Multiplied<KIND>::type E;
     typedef typename E::type T;
-    const int64_t steps = ceil_div(p.in, E::COUNT), panels = ceil_div(p.rows, X_ROWS);
-    // Trap: rows a power of two apart fall on the same few places of a cache; an odd number of cache lines keeps them apart.
-    const int64_t stride = 64 * (steps | 1);
-    Scratch<T> x(p.rows * steps * E::COUNT);
-    memset(x.data, 0, p.rows * steps * 64);
-    for (int64_t r = 0; r < p.rows; ++r) {          // panels of X_ROWS rows, in each panel a register of every row in turn
-        int64_t first = r / X_ROWS * X_ROWS, in_panel = smaller(X_ROWS, p.rows - first);
-        T* to = x.data + (first * steps + (r - first)) * E::COUNT;
-        for (int64_t i = 0; i < p.in; ++i) element<KIND>(p.x, r * p.in + i, to + i / E::COUNT * in_panel * E::COUNT + i % E::COUNT);
-    }
-    parallel(p.threads, ceil_div(p.out, TILE_ROWS), [&](int64_t from, int64_t to) {
-        Scratch<char> tile(TILE_ROWS * stride);
-        memset(tile.data, 0, TILE_ROWS * stride);
-        float sums[TILE_ROWS * X_ROWS];
-        for (int64_t row = from * TILE_ROWS; row < smaller(to * TILE_ROWS, p.out); row += TILE_ROWS) {
-            int w_rows = (int)smaller(TILE_ROWS, p.out - row);
-            for (int n = 0; n < w_rows; ++n)
-                unpack_for<KIND>(p.w, (row + n) * p.in, (row + n + 1) * p.in, (T*)(tile.data + n * stride));
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                int64_t first = panel * X_ROWS;
-                int in_panel = (int)smaller(X_ROWS, p.rows - first);
-                multiply_tile<E>(in_panel, tile.data, stride, (const char*)(x.data + first * steps * E::COUNT), steps, sums);
-                store_sums<KIND>(sums, row, w_rows, first, in_panel, p.bias, p.out, p.y);
+    const int64_t registers = ceil_div(p.in, E::COUNT), panels = ceil_div(p.rows, PANEL), panel = PANEL * registers * E::COUNT;
+    // Trap: rows a power of two apart share a few places of the cache; an odd number of cache lines between them doesn't.
+    const int64_t stride = 64 * (registers | 1);
+    Scratch<T> x(panels * panel);
+    for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * PANEL, PANEL, false, x.data + i * panel);
+    parallel(p.threads, ceil_div(p.out, TILE), [&](int64_t from, int64_t to) {
+        Scratch<char> tile(TILE * stride);
+        memset(tile.data, 0, TILE * stride);
+        float sums[TILE * PANEL];
+        for (int64_t row = from * TILE; row < smaller(to * TILE, p.out); row += TILE) {
+            for (int64_t n = row; n < smaller(row + TILE, p.out); ++n)
+                unpack_for<KIND>(p.w, n * p.in, (n + 1) * p.in, (T*)(tile.data + (n - row) * stride));
+            for (int64_t i = 0; i < panels; ++i) {
+                multiply_tile<E, PANEL>(tile.data, stride, x.data + i * panel, registers, sums);
+                store_sums<KIND>(p, sums, row, TILE, i * PANEL, PANEL);
             }
         }
     });
 }
 
-template <int KIND, class E> void product(const Product& p) {
-    bool whole = p.w.blocksize % 32 == 0 && p.in % p.w.blocksize == 0;      // blocks start with rows, and hold whole registers
-    if (whole && p.rows == 1) return few<KIND, 1>(p);
-    if (whole && p.rows == 2) return few<KIND, 2>(p);
-    if (whole && p.rows == 3) return few<KIND, 3>(p);
-    if (whole && p.rows == 4) return few<KIND, 4>(p);
-    many<KIND, E>(p);
+template <int KIND> void product(const Product& p) {
+    const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
+    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows start blocks; blocks hold whole registers
+    if (!whole || p.rows > FEW) many<KIND>(p);
+    else if (p.rows == 1) few<KIND, 4, 1>(p);
+    else if (p.rows == 2) few<KIND, 4, 2>(p);
+    else if (p.rows <= 4) few<KIND, 4, 4>(p);
+    else few<KIND, W8, 8>(p);
 }
 
 // ------------------------------------------------------------------------------------------------------------------- quantize
@@ -518,9 +581,9 @@ template <int KIND> bool quantize(const void* x, int64_t first, int64_t last, Fl
             bool full = stop - i >= 16;
             Words index = nearest((full ? load_floats<KIND>(x, i) : load_some<KIND>(x, i, stop - i)) * inverse, midpoints);
             Longs pairs = (Longs)index;                                         // low word: the even element's index
-            Bytes8 bytes = __builtin_convertvector((pairs << 4 | pairs >> 32) & 255, Bytes8);
-            if (full) store(packed + i / 2, bytes);
-            else for (int64_t k = i; k < stop; k += 2) packed[k / 2] = k + 1 < stop ? bytes[(k - i) / 2] : bytes[(k - i) / 2] & 0xf0;
+            pairs = pairs << 4 | pairs >> 32;
+            if (full) store_bytes(packed + i / 2, pairs);
+            else for (int64_t k = i; k < stop; k += 2) packed[k / 2] = (uint8_t)pairs[(k - i) / 2] & (k + 1 < stop ? 0xff : 0xf0);
         }
         first = stop;
     }
@@ -572,8 +635,8 @@ void nf4_unpack(const Packed* w, int kind, void* out, int threads) {
 void nf4_product(const Packed* w, int64_t out, int64_t in, const void* x, int64_t rows, int kind, const float* bias, void* y,
                  int threads) {
     Product p = {*w, out, in, x, rows, bias, y, out * in * rows < 65536 ? 1 : threads};
-    if (kind == FLOAT32) product<FLOAT32, Singles>(p);
-    else product<BFLOAT16, For16Bits>(p);
+    if (kind == FLOAT32) product<FLOAT32>(p);
+    else product<BFLOAT16>(p);
 }
 
 // x (n) of `kind` -> absmax (blocks) and packed ((n + 1) / 2).  Returns whether all of x is finite; else the results mean nothing.
