@@ -266,7 +266,9 @@ void decode_absmax(const Packed& w, int64_t first, int64_t count, float* out) {
     for (int64_t i = 0; i < count;) {
         int64_t group = (first + i) / w.nested_blocksize;
         int64_t stop = smaller(count, (group + 1) * w.nested_blocksize - first);
-        for (; i < stop; ++i) out[i] = w.dynamic[w.nested_codes[first + i]] * w.nested_absmax[group] + w.offset;
+        const float scale = w.nested_absmax[group], offset = w.offset, *dynamic = w.dynamic;    // the compiler can't know that
+        const uint8_t* codes = w.nested_codes + first;                                          // `out` changes none of them
+        for (; i < stop; ++i) out[i] = dynamic[codes[i]] * scale + offset;
     }
 }
 
@@ -328,12 +330,6 @@ template <int KIND> void unpack_all(const Packed& w, void* out, int threads) {
 
 // ------------------------------------------------------------------------------------------------------------------- multiply
 
-#ifndef FEW
-#define FEW 16
-#endif
-#ifndef W8
-#define W8 2
-#endif
 // y = x Wᵀ + bias, and W never lies in memory.  The types below say what one 64-byte register of weights holds, how a scaled
 // table and such registers are made, and how a register of weights meets one of x.
 //
@@ -532,11 +528,11 @@ template <int KIND> void many(const Product& p) {
 template <int KIND> void product(const Product& p) {
     const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows start blocks; blocks hold whole registers
-    if (!whole || p.rows > FEW) many<KIND>(p);
+    if (!whole || p.rows > 16) many<KIND>(p);
     else if (p.rows == 1) few<KIND, 4, 1>(p);
     else if (p.rows == 2) few<KIND, 4, 2>(p);
     else if (p.rows <= 4) few<KIND, 4, 4>(p);
-    else few<KIND, W8, 8>(p);
+    else few<KIND, 2, 8>(p);
 }
 
 // ------------------------------------------------------------------------------------------------------------------- quantize
