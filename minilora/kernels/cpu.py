@@ -51,8 +51,8 @@ def _address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
     if tensor is None:
         return None
     if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"the kernel takes contiguous {dtype} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} with strides "
-                         f"{tensor.stride()} on {tensor.device}")
+        raise ValueError(f"the kernel takes contiguous {dtype} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} with "
+                         f"strides {tensor.stride()} on {tensor.device}")
     return tensor.data_ptr()
 
 
