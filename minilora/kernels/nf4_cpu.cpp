@@ -209,6 +209,9 @@ template <int KIND> inline Floats load_floats(const void* from, int64_t i) {
 
 // -------------------------------------------------------------------------------------------------------------------- threads
 
+// Fewer weights than this are done in some 10 µs: less than other threads would take to wake, on a machine with other work.
+const int64_t ALONE = 1 << 18;
+
 // The parts of 0 … count that are worth a thread, each thread's part fixed by its number: results don't depend on timing.
 // Trap: the team must be torch's own (build.py links its OpenMP library), and as large.  A second team beside it, or one that
 // changes its size, makes the threads of both sleep between operations, and all arithmetic of the program takes twice as long.
@@ -323,7 +326,7 @@ template <int KIND, class T = typename Stored<KIND>::type> void unpack(const Pac
 template <int KIND> void unpack_all(const Packed& w, void* out, int threads) {
     typedef typename Stored<KIND>::type T;
     const int64_t PART = 4096;                      // a thread's part starts at a multiple of it: at a byte, at a cache line
-    parallel(w.n < 4 * PART ? 1 : threads, ceil_div(w.n, PART), [&](int64_t from, int64_t to) {
+    parallel(w.n < ALONE ? 1 : threads, ceil_div(w.n, PART), [&](int64_t from, int64_t to) {
         unpack<KIND>(w, from * PART, smaller(to * PART, w.n), (T*)out + from * PART);
     });
 }
@@ -593,7 +596,7 @@ template <int KIND> bool quantize_all(const void* x, int64_t n, const float* cod
     Floats midpoints = load<Floats>(between);
     const int64_t part = 2 * blocksize * ceil_div(4096, 2 * blocksize);     // whole blocks and whole bytes
     bool finite = true;
-    parallel(n < 4 * part ? 1 : threads, ceil_div(n, part), [&](int64_t from, int64_t to) {
+    parallel(n < ALONE ? 1 : threads, ceil_div(n, part), [&](int64_t from, int64_t to) {
         if (!quantize<KIND>(x, from * part, smaller(to * part, n), midpoints, blocksize, absmax, packed))
             __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     });
@@ -630,7 +633,7 @@ void nf4_unpack(const Packed* w, int kind, void* out, int threads) {
 // y (rows, out) = x (rows, in) Wᵀ + bias, x and y both float32 or both bfloat16; bias float32 (out) or null.
 void nf4_product(const Packed* w, int64_t out, int64_t in, const void* x, int64_t rows, int kind, const float* bias, void* y,
                  int threads) {
-    Product p = {*w, out, in, x, rows, bias, y, out * in * rows < 65536 ? 1 : threads};
+    Product p = {*w, out, in, x, rows, bias, y, out * in < 4 * ALONE / (rows + 1) ? 1 : threads};
     if (kind == FLOAT32) product<FLOAT32>(p);
     else product<BFLOAT16>(p);
 }
