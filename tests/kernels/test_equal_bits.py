@@ -60,7 +60,8 @@ def test_constants_in_eight_bits_are_decoded_with_the_references_two_roundings(
 
 @given(code=st.lists(anything, min_size=16, max_size=16), absmax=st.one_of(st.sampled_from((0.0, 1.0, 1e-38, 1e-45)), anything),
        dtype=st.sampled_from(FLOATS))
-def test_every_float32_is_rounded_as_torch_rounds_it(kernel: Kernel, code: list[float], absmax: float, dtype: torch.dtype) -> None:
+def test_every_float32_is_rounded_as_torch_rounds_it(kernel: Kernel, code: list[float], absmax: float,
+                                                     dtype: torch.dtype) -> None:
     """Subnormals, ties, overflow, infinities and NaN, in the wide loop and in its tail."""
     table, constant = torch.tensor(code), torch.tensor([absmax])
     packed = torch.arange(256, dtype=torch.uint8)[17:170]
