@@ -15,12 +15,12 @@ from minilora.kernels import reference
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)      # the last is rounded to the first
 
 
-def flat_finite(x: Tensor, blocksize: int) -> Tensor:
-    """The tensor flattened, after refusing what no block constant can scale.
+def flat(x: Tensor, blocksize: int) -> Tensor:
+    """The tensor flattened, after refusing what is no tensor of numbers.
 
     Raises:
-        QuantizationError: not a float32, bfloat16, float16 or float64 tensor, sparse, empty, on the meta device, NaN or
-            infinite (or a float64 that float32 cannot hold), or `blocksize` below 1.
+        QuantizationError: not a float32, bfloat16, float16 or float64 tensor, sparse, empty, on the meta device, or
+            `blocksize` below 1.
     """
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
         raise QuantizationError(f"blocksize must be a positive whole number of elements, not {blocksize!r}")
@@ -32,7 +32,15 @@ def flat_finite(x: Tensor, blocksize: int) -> Tensor:
                                 "its values do not lie in memory one by one")
     if x.numel() == 0:
         raise QuantizationError(f"an empty tensor of shape {tuple(x.shape)} cannot be quantized")
-    flat_n = x.detach().contiguous().view(-1)
+    return x.detach().contiguous().view(-1)
+
+
+def flat_finite(x: Tensor, blocksize: int) -> Tensor:
+    """The tensor flattened, after refusing what no block constant can scale.
+
+    Raises: QuantizationError: as `flat`; or NaN, infinite, a float64 that float32 cannot hold.
+    """
+    flat_n = flat(x, blocksize)
     for chunk in flat_n.split(reference.CHUNK):
         # Trap: a float64 of 1e300 is finite, and infinite in the float32 that blocks are scaled in.
         values = chunk.float() if chunk.dtype == torch.float64 else chunk

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from minilora.errors import QuantizationError
-from minilora.kernels import reference
-from minilora.quant.blockwise import dequantize_blockwise, flat_finite, quantize_blockwise
+from minilora.kernels import cpu, reference
+from minilora.quant.blockwise import dequantize_blockwise, flat, flat_finite, quantize_blockwise
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE, NF4_ZERO
 
 NESTED_BLOCKSIZE = 256
@@ -152,9 +152,36 @@ class NF4Tensor:
               or (dtype is not None and out.dtype != dtype)):
             raise QuantizationError(f"out must be a contiguous {dtype or 'floating'} tensor of shape {tuple(self.shape)} on "
                                     f"{self.device}, found {out.dtype} {tuple(out.shape)} on {out.device}")
-        reference.dequantize_packed(self.packed.view(-1), self.absmax, NF4_CODE.to(self.device), self.blocksize,
-                                    out.detach().view(-1))
+        kernel = _kernel(self.device, out.dtype)
+        if kernel is not None:
+            kernel.dequantize(self.packed, self._constants(), NF4_CODE, self.blocksize, out)
+        else:
+            reference.dequantize_packed(self.packed.view(-1), self.absmax, NF4_CODE.to(self.device), self.blocksize,
+                                        out.detach().view(-1))
         return out
+
+    def fused_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """``x Ŵᵀ + b`` for a few rows of x, Ŵ being rebuilt in registers and never written to memory.
+
+        Args:
+            x: (rows, in) float32 or bfloat16. bias: (out,) or None. The tensor is a matrix (out, in).
+
+        Returns: (rows, out) in x's dtype, or None where there is no kernel for it.
+        Guarantee: Ŵ is rounded to x's dtype as `dequantize` does; sums are taken in float32 and rounded once
+            (tests/kernels/test_product.py states the bound).
+        """
+        kernel = _kernel(self.device, x.dtype)
+        if kernel is None or x.dtype == torch.float16 or x.device != self.device:
+            return None
+        bias = None if bias is None else bias.detach().float().contiguous()
+        return kernel.product(x.detach().contiguous(), self.packed, self._constants(), NF4_CODE, self.blocksize, self.shape[0],
+                              bias)
+
+    def _constants(self) -> cpu.Constants:
+        if self.nested is None:
+            return cpu.Constants(absmax=self.absmax.float().contiguous())
+        return cpu.Constants(None, self.nested.codes.contiguous(), DYNAMIC_8BIT, self.nested.absmax.float().contiguous(),
+                             self.nested.offset, self.nested.blocksize)
 
     def codes(self) -> Tensor:
         """(n,) uint8 indices into `NF4_CODE`, unpacked."""
@@ -181,10 +208,20 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
         |w - ŵ| <= 0.1519036 · absmax where absmax is not itself quantized.
     Source: QLoRA section 3.
     """
-    codes, absmax = reference.quantize_blocks(flat_finite(w, blocksize), NF4_CODE.to(w.device), blocksize)
-    packed = reference.pack_nibbles(codes, padding=NF4_ZERO)
+    flat_n = flat(w, blocksize)
+    kernel = _kernel(flat_n.device, flat_n.dtype)
+    made = kernel.quantize(flat_n, NF4_CODE, blocksize, NF4_ZERO) if kernel else None
+    if made is None:        # no kernel for it, or a number that is not finite, which `flat_finite` names
+        codes, absmax = reference.quantize_blocks(flat_finite(w, blocksize), NF4_CODE.to(w.device), blocksize)
+        made = reference.pack_nibbles(codes, padding=NF4_ZERO), absmax
+    packed, absmax = made
     nested = NestedAbsmax.encode(absmax) if double_quant else None
     return NF4Tensor(packed, w.shape, w.dtype, blocksize, None if double_quant else absmax, nested)
+
+
+def _kernel(device: torch.device, dtype: torch.dtype) -> cpu.Kernel | None:
+    """The vector code for numbers of this type on this device, or None: then the reference does it."""
+    return cpu.kernel() if device.type == "cpu" and dtype in cpu.KINDS else None
 
 
 def as_shape(shape: Sequence[int]) -> torch.Size:

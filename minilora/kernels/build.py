@@ -1,0 +1,136 @@
+"""Compile a C++ file once per user and machine, and load it: no build system, no binaries in the package.
+
+    library = load(source)          a second or two the first time, a millisecond after that
+
+The compiled file lies in ``$XDG_CACHE_HOME/minilora/kernels`` (else ``~/.cache/...``) under a hash of all that decides what it
+holds: source, flags, compiler, processor, OpenMP library.  Another machine, flag or source is another file.
+
+It is machine code that this process will run, so it is loaded only from a folder that belongs to the user and that nobody
+else may write to, and only if the SHA-256 at its end is that of the rest (loading half a file would kill the process).  It
+is written under a temporary name and renamed, so any number of processes may start at once.
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi")       # why no contraction: see nf4_cpu.cpp
+NATIVE = ("-march=native",)         # the vector instructions of the machine that compiles, which is the one that runs
+DIGEST = 32                         # bytes of SHA-256
+
+
+class BuildError(Exception):
+    """No library could be made; the text says why in one line."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels lie: made if need be, the user's own, and writable by nobody else.
+
+    Raises: BuildError: it cannot be made or written, or is somebody else's to write.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base) / "minilora" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except OSError as error:
+        raise BuildError(f"the cache folder {folder} cannot be made ({error.strerror})") from error
+    if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"the cache folder {folder} can be written by others; make it yours alone (chmod 700)")
+    return folder
+
+
+def openmp_library() -> str | None:
+    """The file of the OpenMP library that torch has loaded, or None.
+
+    Trap: a second OpenMP library, or a second team of threads, beside torch's makes every torch operation about twice as
+    slow on two cores: threads of either sleep between operations as soon as there are more of them than cores.  So the
+    kernel is linked to this very file; its threads are torch's.
+    """
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:                 # not Linux
+        return None
+    paths = sorted({line.split(maxsplit=5)[5] for line in mapped.splitlines() if line.count("/")})
+    known = [path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp.", "libomp5"))]
+    beside_torch = [path for path in known if Path(path).parent == Path(torch.__file__).parent / "lib"]
+    return next(iter(beside_torch + known), None)
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = {line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(found)])
+
+
+def load(source: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
+    """The library made of `source`, from the cache or compiled now.
+
+    Args:
+        source: a C++ file. machine: flags that choose the instruction set.
+
+    Raises: BuildError: no compiler, it fails, or the cache folder is not to be used.
+    """
+    compiler = shutil.which("c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler is installed (c++)")
+    openmp = openmp_library()
+    compiler_state = Path(compiler).resolve().stat()
+    parts = [source.read_text(encoding="utf-8"), *FLAGS, *machine, _processor(), str(openmp), torch.__version__,
+             f"{compiler} {compiler_state.st_size} {compiler_state.st_mtime_ns}"]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{source.stem}-{key}.so"
+    if not _is_whole(path):
+        _compile(compiler, source, machine, openmp, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the compiled kernel cannot be loaded ({error})") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there, the user's own, and as it was written."""
+    try:
+        with path.open("rb") as file:
+            state, content = os.fstat(file.fileno()), file.read()
+    except OSError:
+        return False
+    own = state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return own and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
+
+
+def _compile(compiler: str, source: Path, machine: tuple[str, ...], openmp: str | None, path: Path) -> None:
+    """Compile to a temporary name beside `path`, append the digest, rename."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part, library = Path(folder) / "part.o", Path(folder) / "library.so"
+            # Two steps: linking with -fopenmp would add the compiler's own OpenMP library beside torch's.
+            _run([compiler, *FLAGS, *machine, *(["-fopenmp"] if openmp else []), "-c", str(source), "-o", str(part)])
+            _run([compiler, "-shared", str(part), *([openmp] if openmp else []), "-o", str(library)])
+            content = library.read_bytes()
+            library.write_bytes(content + hashlib.sha256(content).digest())
+            library.chmod(0o700)
+            library.replace(path)
+    except OSError as error:
+        raise BuildError(f"the cache folder {path.parent} cannot be written ({error.strerror})") from error
+
+
+def _run(command: list[str]) -> None:
+    """One step of the compiler."""
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise BuildError(f"the C++ compiler fails: {reason.strip():.200}")

@@ -1,0 +1,163 @@
+"""The vector code of `nf4_cpu.cpp`, called with tensors.
+
+`kernel()` is the compiled library, or None where there is none: then the caller takes `reference`, which gives the same bits.
+Without a compiler that is so, and said once; ``MINILORA_KERNELS=reference`` asks for it.
+
+Tables and buffers are handed in: this room knows no codebook.  Threads are torch's, as many as ``torch.get_num_threads()``.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.build import NATIVE, BuildError, load
+
+SOURCE = Path(__file__).with_name("nf4_cpu.cpp")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Block constants as they are stored: `absmax` (blocks,) float32, or the other four (see `quant.nf4.NestedAbsmax`).
+
+    Attributes: codes: (blocks,) uint8. dynamic: (256,) float32. nested: (ceil(blocks / blocksize),) float32.
+    """
+
+    absmax: Tensor | None = None
+    codes: Tensor | None = None
+    dynamic: Tensor | None = None
+    nested: Tensor | None = None
+    offset: float = 0.0
+    blocksize: int = 256
+
+
+class _Packed(ctypes.Structure):
+    """`struct Packed` of nf4_cpu.cpp."""
+
+    _fields_ = (("packed", ctypes.c_void_p), ("code", ctypes.c_void_p), ("n", ctypes.c_int64), ("blocksize", ctypes.c_int64),
+                ("absmax", ctypes.c_void_p), ("nested_codes", ctypes.c_void_p), ("dynamic", ctypes.c_void_p),
+                ("nested_absmax", ctypes.c_void_p), ("nested_blocksize", ctypes.c_int64), ("offset", ctypes.c_float))
+
+
+def _address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Where the elements lie; C code believes what it is told, so a wrong type or a gap between elements stops here."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"the kernel takes contiguous {dtype} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} with "
+                         f"strides {tensor.stride()} on {tensor.device}")
+    return tensor.data_ptr()
+
+
+class Kernel:
+    """The compiled library.
+
+    Args: machine: compiler flags for the instruction set.
+    Raises: BuildError: it cannot be made (see `build.load`).
+    """
+
+    def __init__(self, machine: tuple[str, ...] = NATIVE) -> None:
+        library = load(SOURCE, machine)
+        pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._unpack = library.nf4_unpack
+        self._unpack.argtypes, self._unpack.restype = [pointer, integer, pointer, integer], None
+        self._product = library.nf4_product
+        self._product.argtypes = [pointer, number, number, pointer, number, integer, pointer, pointer, integer]
+        self._product.restype = None
+        self._quantize = library.nf4_quantize
+        self._quantize.argtypes = [pointer, integer, number, pointer, number, pointer, pointer, integer, integer]
+        library.nf4_machine.restype = ctypes.c_char_p
+        self.machine: str = library.nf4_machine().decode()      # "AVX-512", "AVX2", "NEON", "plain C++"
+
+    def dequantize(self, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
+        """Unpack, look up, scale and round in one pass, the constants decoded on the way.
+
+        Args:
+            packed: (ceil(n / 2),) uint8. code: (16,) float32.
+            out: n elements, contiguous, float32, bfloat16 or float16.
+
+        Returns: out.
+        Guarantee: the bits of `reference.dequantize_packed` (tests/kernels/test_equal_bits.py); NaN is NaN, of any payload.
+        """
+        weight = self._weight(packed, constants, code, blocksize, out.numel())
+        self._unpack(ctypes.byref(weight), KINDS[out.dtype], _address(out, out.dtype), torch.get_num_threads())
+        return out
+
+    def product(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out_features: int,
+                bias: Tensor | None = None) -> Tensor:
+        """``x Wᵀ + bias`` without W in memory, for a few rows of x.
+
+        Args:
+            x: (rows, in) float32 or bfloat16, contiguous. packed: the codes of W (out, in). bias: (out,) float32 or None.
+
+        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type, for a single row whose blocks lie
+            within rows that of float32; products are summed in float32, and the result is rounded once.
+        Guarantee: off the exact sum of those products by at most (in + 2) · 2⁻²⁴ · Σ|x w|, before the one rounding
+            (tests/kernels/test_product.py).  A row's result doesn't depend on its neighbours, nor on threads.
+        """
+        rows, in_features = x.shape
+        y = torch.empty(rows, out_features, dtype=x.dtype)
+        weight = self._weight(packed, constants, code, blocksize, out_features * in_features)
+        self._product(ctypes.byref(weight), out_features, in_features, _address(x, x.dtype), rows, KINDS[x.dtype],
+                      _address(bias, torch.float32), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def quantize(self, x_n: Tensor, code: Tensor, blocksize: int, padding: int) -> tuple[Tensor, Tensor] | None:
+        """Block constants and packed codes of a flat tensor.
+
+        Args:
+            x_n: (n,) float32, bfloat16 or float16, contiguous. code: (16,) float32, sorted.
+            padding: the code behind an odd count.
+
+        Returns: packed (ceil(n / 2),) uint8 and absmax (blocks,) float32; None where x holds a NaN or an infinity.
+        Guarantee: the bits of `reference.quantize_blocks` and `pack_nibbles` (tests/kernels/test_equal_bits.py).
+        """
+        n = x_n.numel()
+        blocksize = min(blocksize, n)
+        packed = torch.zeros((n + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty(-(-n // blocksize))
+        finite = self._quantize(_address(x_n, x_n.dtype), KINDS[x_n.dtype], n, _address(code, torch.float32), blocksize,
+                                absmax.data_ptr(), packed.data_ptr(), padding, torch.get_num_threads())
+        return (packed, absmax) if finite else None
+
+    @staticmethod
+    def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int) -> _Packed:
+        # A block longer than the tensor is as long: C's 64 bits are not Python's integers.
+        blocks = -(-n // blocksize)
+        return _Packed(_address(packed, torch.uint8), _address(code, torch.float32), n, min(blocksize, max(n, 1)),
+                       _address(constants.absmax, torch.float32), _address(constants.codes, torch.uint8),
+                       _address(constants.dynamic, torch.float32), _address(constants.nested, torch.float32),
+                       min(constants.blocksize, max(blocks, 1)), constants.offset)
+
+
+_lock = threading.Lock()
+_tried: list[Kernel | None] = []
+
+
+def kernel() -> Kernel | None:
+    """The library for this machine, made at the first call, or None.
+
+    Where none can be made a warning says why, once; with ``MINILORA_KERNELS=reference`` none is wanted, and nothing is said.
+    """
+    if not _tried:
+        with _lock:
+            if not _tried:
+                _tried.append(_make())
+    return _tried[0]
+
+
+def _make() -> Kernel | None:
+    if os.environ.get("MINILORA_KERNELS") == "reference":
+        return None
+    try:
+        return Kernel()
+    except BuildError as error:
+        warnings.warn(f"4-bit weights take the slow path in plain torch: {error}", RuntimeWarning, stacklevel=4)
+        return None

@@ -1,0 +1,45 @@
+"""One buffer for unpacked weights, shared by all layers.
+
+A 4-bit weight is unpacked, used in one product and dropped, layer after layer.  Fresh memory for each is the dear part: the
+system hands it out page by page, filled with zeros, at a tenth of the speed at which the same bytes are written the second
+time.  So every thread keeps one buffer for each device, as large as its largest layer so far, and unpacks all weights into it.
+
+Trap: what `borrow` returns is overwritten by the next call.  It must not be saved for backward, returned, or be a view of
+anything that is; `layers.nf4_linear` uses it within one product (tests/layers/test_scratch.py).
+"""
+from __future__ import annotations
+
+import threading
+from math import prod
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+def borrow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor with arbitrary content, valid until the thread's next call.
+
+    Off the CPU it is a new tensor: there torch keeps freed memory itself, and knows which stream still reads it.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    held: Tensor | None = getattr(_local, "bytes", None)
+    if held is None or held.numel() < size:
+        held = _local.bytes = None          # free the smaller one before the larger is made
+        with torch.inference_mode(False):   # a tensor born in inference mode could not be used outside it
+            held = _local.bytes = torch.empty(size, dtype=torch.uint8)
+    return held[:size].view(dtype).view(shape)
+
+
+def release() -> None:
+    """Give this thread's buffer back; the next `borrow` makes a new one."""
+    _local.bytes = None
+
+
+def held_bytes() -> int:
+    """Size of this thread's buffer."""
+    held: Tensor | None = getattr(_local, "bytes", None)
+    return 0 if held is None else held.numel()

@@ -1,0 +1,94 @@
+"""The fused product is that of the unpacked weight, but for the order of its sums."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import quantize_nf4
+from minilora.kernels.cpu import Constants, Kernel
+from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
+from minilora.quant.nf4 import NF4Tensor
+
+SHAPES = [(1, 64), (5, 128), (40, 96), (33, 4096), (9, 33), (6, 1), (64, 640), (130, 256)]
+
+
+def product(kernel: Kernel, q: NF4Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    constants = Constants(q.absmax) if q.nested is None else Constants(
+        None, q.nested.codes, DYNAMIC_8BIT, q.nested.absmax, q.nested.offset, q.nested.blocksize)
+    return kernel.product(x, q.packed, constants, NF4_CODE, q.blocksize, q.shape[0], bias)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error_in_units_of_the_bound(q: NF4Tensor, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """|y − y*| / ((in + 2) 2⁻²⁴ (Σ|x w| + |b|) + the one rounding to y's type), y* the product in float64, w in x's type."""
+    w, x64 = q.dequantize(x.dtype).double(), x.double()
+    exact, size = x64 @ w.T, x64.abs() @ w.abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    last = 2.0 ** -8 if y.dtype == torch.bfloat16 else 2.0 ** -24
+    bound = (x.shape[1] + 2) * 2.0 ** -24 * size * (1 + last) + last * exact.abs() + 1e-36
+    return float(((y.double() - exact).abs() / bound).max())
+
+
+@given(shape=st.sampled_from(SHAPES), rows=st.integers(1, 20), blocksize=st.sampled_from((7, 32, 64, 128, 4096)),
+       double_quant=st.booleans(), biased=st.booleans(), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+def test_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, shape: tuple[int, int], rows: int, blocksize: int,
+                                                        double_quant: bool, biased: bool, dtype: torch.dtype) -> None:
+    q = quantize_nf4(normal(*shape), blocksize, double_quant)
+    x, bias = normal(rows, shape[1], seed=1).to(dtype), normal(shape[0], seed=2) if biased else None
+    y = product(kernel, q, x, bias)
+    assert y.shape == (rows, shape[0]) and y.dtype == dtype
+    worst = error_in_units_of_the_bound(q, x, y, bias)
+    assert worst <= 1, f"off by {worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_weight_meets_its_own_element_of_x(kernel: Kernel, dtype: torch.dtype) -> None:
+    """x is a unit vector, so every sum is one weight: exact, whatever its order."""
+    for out, columns, blocksize in ((7, 256, 64), (5, 128, 128), (6, 96, 64), (3, 33, 16)):
+        q = quantize_nf4(normal(out, columns), blocksize)
+        w = q.dequantize(dtype)
+        assert torch.equal(product(kernel, q, torch.eye(columns, dtype=dtype)), w.T)
+        for rows in (1, 2, 3, 5):
+            for first in range(0, columns - rows, 13):
+                assert torch.equal(product(kernel, q, torch.eye(columns, dtype=dtype)[first : first + rows].contiguous()),
+                                   w.T[first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: Kernel, dtype: torch.dtype) -> None:
+    q = quantize_nf4(normal(1030, 512))
+    x = normal(40, 512, seed=1).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        few, many = [], []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            few += [product(kernel, q, x[:rows].contiguous()) for rows in (1, 2, 3, 4, 7, 8, 9, 16)]
+            many += [product(kernel, q, x[:rows].contiguous()) for rows in (17, 23, 40)]
+    finally:
+        torch.set_num_threads(threads)
+    for results in (few, many):
+        longest = max(results, key=len)
+        assert all(torch.equal(y, longest[: len(y)]) for y in results)
+
+
+def test_infinities_and_nan_in_x_reach_their_own_rows_only(kernel: Kernel) -> None:
+    q = quantize_nf4(normal(12, 128))
+    for rows in (3, 20):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = normal(rows, 128, seed=1).to(dtype)
+            x[1, 77] = float("nan")
+            y = product(kernel, q, x)
+            assert y[1].isnan().all() and y[0].isfinite().all() and y[2:].isfinite().all()
+
+
+def test_blocks_of_zeros_give_zero(kernel: Kernel) -> None:
+    q = quantize_nf4(torch.zeros(8, 128), double_quant=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert (product(kernel, q, torch.ones(2, 128, dtype=dtype)) == 0).all()
