@@ -14,17 +14,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora.errors import MiniloraError
+from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.recompute import recompute
 from minilora.measured import measure
 from minilora.memory import Peaks, Workload, predict
 from minilora.optim.adamw import AdamW
 from minilora.optim.paged_adamw import PagedAdamW
+from minilora.quant.nf4 import quantize_nf4
 from minilora.runs import peak_bytes
 from minilora.shapes import shape_of
 
@@ -32,6 +36,7 @@ ELEMENTS, TENSORS = 2 ** 21, 12                 # 25 million parameters: 201 MB 
 STATE_BYTES = 8 * ELEMENTS * TENSORS
 QUARTER = STATE_BYTES // 4
 SMALL_BUDGET = 16 * 2 ** 20
+LAYER = (11008, 4096)                           # of an MLP of a 7B model
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,28 @@ def recomputation() -> Iterator[Row]:
     yield Row("recompute", "s", ours, peer, peer / ours)
 
 
-BENCHES: tuple[Callable[[], Iterator[Row]], ...] = (paged_steps, paged_memory, paged_training, recomputation,
-                                                       memory_predicted)
+def unpacking() -> Iterator[Row]:
+    """A 7B model's largest layer from 4 bits into a buffer that was used before (ours), against filling the buffer (peer)."""
+    weight = quantize_nf4(torch.randn(LAYER, generator=torch.Generator().manual_seed(0)))
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        out = torch.zeros(LAYER, dtype=dtype)
+        fill = torch.zeros(LAYER, dtype=dtype)
+        ours, peer = in_turns(partial(weight.dequantize, out=out), partial(fill.fill_, 1.0), rounds=15)
+        yield Row(f"dequant_{name}", "s", ours, peer, peer / ours, 0.85)
+
+
+def products() -> Iterator[Row]:
+    """The same layer over rows of bfloat16 (ours), against the product with its weight in bfloat16 (peer)."""
+    layer = NF4Linear(quantize_nf4(torch.randn(LAYER, generator=torch.Generator().manual_seed(0))))
+    dense = layer.dense_weight(torch.bfloat16)
+    for rows, limit in ((1, 1.0), (16, None), (64, None), (512, 1 / 1.08)):
+        x = torch.randn(rows, LAYER[1], generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).requires_grad_()
+        ours, peer = in_turns(partial(layer, x), partial(F.linear, x, dense), rounds=15)
+        yield Row(f"linear_rows_{rows}", "s", ours, peer, peer / ours, limit)
+
+
+BENCHES: tuple[Callable[[], Iterator[Row]], ...] = (unpacking, products, paged_steps, paged_memory, paged_training,
+                                                    recomputation, memory_predicted)
 
 
 def bench(only: list[str] | None = None) -> Iterator[Row]:

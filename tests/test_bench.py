@@ -72,6 +72,14 @@ def test_a_prediction_may_miss_by_a_tenth_to_either_side(monkeypatch: pytest.Mon
         assert len(rows) == 7 and all(row.ok == ok for row in rows), took
 
 
+def test_rows_of_the_kernels_bear_the_promised_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "LAYER", (64, 128))
+    assert [row.name for row in bench.unpacking()] == ["dequant_fp32", "dequant_bf16"]
+    rows = list(bench.products())
+    assert [row.name for row in rows] == [f"linear_rows_{count}" for count in (1, 16, 64, 512)]
+    assert all(row.ours > 0 and row.peer and row.ratio == row.peer / row.ours for row in rows)
+
+
 @pytest.mark.usefixtures("small")
 def test_the_paged_steps_are_four_different_optimizers() -> None:
     counters = {kind: bench.optimizer(kind) for kind in ("resident", "quarter_host", "quarter_disk", "small_disk")}
