@@ -170,7 +170,7 @@ inline float total(Floats v) {
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };           // the numbers that cpu.py passes
 
-inline Words choose(Words condition, Words yes, Words no) { return (condition & yes) | (~condition & no); }
+inline Words choose(Words condition, Words yes, Words no) { return condition ? yes : no; }
 
 // Round to the nearest bfloat16, ties to even; subnormals stay (the instruction for it would make them zero), NaN stays NaN.
 inline Words to_bfloat16(Floats v) {
@@ -275,10 +275,12 @@ void decode_absmax(const Packed& w, int64_t first, int64_t count, float* out) {
     }
 }
 
-// A block's sixteen weights in the output's type, each in 32 bits.
+// A block's sixteen weights in the output's type, each in 32 bits; 16-bit ones stand in both halves.
 template <int KIND> inline Words scaled_table(Floats code, float absmax) {
     Floats table = code * absmax;
-    return KIND == FLOAT32 ? (Words)table : KIND == BFLOAT16 ? to_bfloat16(table) : to_float16(table);
+    if (KIND == FLOAT32) return (Words)table;
+    Words half = KIND == BFLOAT16 ? to_bfloat16(table) : to_float16(table);
+    return half | half << 16;
 }
 
 template <int KIND> struct Stored { typedef uint16_t type; };
@@ -286,38 +288,56 @@ template <> struct Stored<FLOAT32> { typedef uint32_t type; };
 
 // Sixteen 32-bit or thirty-two 16-bit weights, one register, from the bytes at `from`.
 template <int KIND> inline Words unpack_register(Words table, const uint8_t* from) {
+#if defined(__AVX512VBMI__)
+    // One instruction picks eight bits from anywhere in 64, for each of eight bytes; only the first of an index matters.
+    if (KIND == FLOAT32)                                    // from bit 4, the high nibble; from bit 0, the low one
+        return lookup(table, (Words)_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0000000000000004), (__m512i)widen8(from)));
+    // A table of 32 halves: entry e at 2e and 2e + 1, so bits 3 … 7 of a byte find its high nibble's, bits -1 … 3 its low one's.
+    __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x001f0023003f0003), (__m512i)widen16(from));
+    return (Words)_mm512_permutexvar_epi16(index, (__m512i)table);
+#else
     if (KIND == FLOAT32) {
         Longs byte = widen8(from);
         return lookup(table, (Words)(byte >> 4 | byte << 32));          // index 2i: the high nibble; 2i + 1: the low one
     }
     Words byte = widen16(from);
-    return lookup(table, byte >> 4) | lookup(table << 16, byte);        // even weights in the low halves, odd in the high ones
+    return lookup(table & 0xffff, byte >> 4) | lookup(table << 16, byte);   // even weights in the low halves, odd in the high
+#endif
 }
 
-// Weights first … last of one block to `out`; they may start and end within a byte.
-template <int KIND, class T> inline T* unpack_block(Words table, const uint8_t* packed, int64_t first, int64_t last, T* out) {
+// Weights first … last of one block to `out`; they may start and end within a byte, and end within a register.
+template <int KIND, class T> __attribute__((noinline)) void unpack_piece(Words table, const uint8_t* packed, int64_t first,
+                                                                          int64_t last, T* out) {
     const int64_t STEP = 64 / sizeof(T);
-    if (first < last && first % 2) *out++ = (T)table[packed[first++ / 2] & 15];
+    if (first % 2) *out++ = (T)table[packed[first++ / 2] & 15];
     for (; first + STEP <= last; first += STEP, out += STEP) store(out, unpack_register<KIND>(table, packed + first / 2));
     for (; first + 1 < last; first += 2) {
         *out++ = (T)table[packed[first / 2] >> 4];
         *out++ = (T)table[packed[first / 2] & 15];
     }
     if (first < last) *out++ = (T)table[packed[first / 2] >> 4];
-    return out;
 }
 
 // Weights first … last of the flattened tensor to `out`, whatever blocks they lie in.
 template <int KIND, class T = typename Stored<KIND>::type> void unpack(const Packed& w, int64_t first, int64_t last, T* out) {
-    const int64_t AT_ONCE = 128;
+    const int64_t AT_ONCE = 128, STEP = 64 / sizeof(T), blocksize = w.blocksize;
+    const uint8_t* packed = w.packed;
+    const Floats code = load<Floats>(w.code);
+    const bool whole = blocksize % STEP == 0 && first % blocksize == 0;         // blocks are whole registers, but for the last
     float absmax[AT_ONCE];
-    Floats code = load<Floats>(w.code);
-    for (int64_t block = first / w.blocksize; first < last; block += AT_ONCE) {
-        int64_t blocks = smaller(AT_ONCE, (last - 1) / w.blocksize + 1 - block);
+    for (int64_t block = first / blocksize; first < last; block += AT_ONCE) {
+        int64_t blocks = smaller(AT_ONCE, (last - 1) / blocksize + 1 - block);
         decode_absmax(w, block, blocks, absmax);
         for (int64_t b = 0; b < blocks; ++b) {
-            int64_t stop = smaller(last, (block + b + 1) * w.blocksize);
-            out = unpack_block<KIND>(scaled_table<KIND>(code, absmax[b]), w.packed, first, stop, out);
+            const Words table = scaled_table<KIND>(code, absmax[b]);
+            int64_t stop = smaller(last, (block + b + 1) * blocksize);
+            if (whole && stop - first == blocksize)
+                for (const uint8_t *from = packed + first / 2, *end = from + blocksize / 2; from < end; from += STEP / 2, out += STEP)
+                    store(out, unpack_register<KIND>(table, from));
+            else {
+                unpack_piece<KIND>(table, packed, first, stop, out);
+                out += stop - first;
+            }
             first = stop;
         }
     }
