@@ -2,14 +2,16 @@
 
     adapter_config.json          r, lora_alpha, target_modules, … as PEFT writes them
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in), …lora_B.weight (out, r)
-    minilora.json                what PEFT has no field for: how the base was quantized, the prompt it was trained with
+    minilora.json                what PEFT has no field for: how the base was quantized, which weights it had, the prompt it
+                                 was trained with
 
 Module names of our Llama are Hugging Face's, so the keys are the model's own names behind PEFT's prefix.  An adapter fits
-the weights it was trained on: on a base quantized with another block size it still loads, but computes something else, so
-loading it there warns.
+the weights it was trained on: on another model of its shape, or on one quantized with another block size, it still loads, but
+computes something else, so loading it there warns.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from dataclasses import asdict, replace
@@ -58,6 +60,16 @@ def lora_config_of(model: nn.Module) -> LoRAConfig:
     return LoRAConfig(r, alpha, dropout, targets, use_rslora, use_dora)
 
 
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 of the weight under the model's first adapter: of its 4-bit codes, or of its values rounded to bfloat16.
+
+    The same on every device and in every compute type.
+    """
+    base = next(layer.base_layer for _, layer in lora_layers(model))
+    stored = base.packed if isinstance(base, NF4Linear) else dense_weight(base).to(torch.bfloat16)
+    return hashlib.sha256(stored.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under PEFT's keys, float32, on the CPU."""
     tensors = {}
@@ -87,7 +99,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; check the path and its permissions") from error
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(adapter_tensors(model), temporary, metadata={"format": "pt"})
-    save_extra(model, folder, extra)
+    save_extra(model, folder, {"base_digest": base_digest(model), **(extra or {})})
     write_json(folder / CONFIG_FILE, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
@@ -192,14 +204,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Returns: the same model.
     Raises: CheckpointError: files missing, damaged, or of another model's shape.
-    Warns: UserWarning when the base is quantized in another way than in training.
+    Warns: UserWarning when the base is quantized in another way than in training, or has other weights.
     """
     folder = Path(folder)
     config, _ = read_adapter_config(folder)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     _check_fit(model, config, tensors, folder)
     recorded, actual = read_extra(folder), quantization_of(model)
-    if "base_quantization" in recorded and recorded["base_quantization"] != (actual and asdict(actual)):
+    same_storage = recorded.get("base_quantization", actual and asdict(actual)) == (actual and asdict(actual))
+    if not same_storage:
         warnings.warn(f"the adapter in {folder} was trained on a base stored as {_described(recorded['base_quantization'])}, "
                       f"this one is {_described(actual and asdict(actual))}: its answers will differ from those evaluated",
                       stacklevel=2)
@@ -213,6 +226,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             layer.lora_B.weight.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
             if layer.lora_magnitude_vector is not None:
                 layer.lora_magnitude_vector.copy_(tensors[f"{PREFIX}{name}.lora_magnitude_vector"])
+    if same_storage and recorded.get("base_digest", base_digest(model)) != base_digest(model):
+        own = f"the run's own base, {folder / 'base'}" if recorded.get("init_lora_weights", "lora") != "lora" else \
+            str(recorded.get("base_model", "another model"))
+        warnings.warn(f"the adapter in {folder} was trained over other weights than these: over {own}; its answers will be "
+                      "others than those evaluated", stacklevel=2)
     return model
 
 

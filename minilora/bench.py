@@ -13,16 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minilora.errors import MiniloraError
 from minilora.llama.recompute import recompute
+from minilora.measured import measure
+from minilora.memory import Peaks, Workload, predict
 from minilora.optim.adamw import AdamW
 from minilora.optim.paged_adamw import PagedAdamW
 from minilora.runs import peak_bytes
+from minilora.shapes import shape_of
 
 ELEMENTS, TENSORS = 2 ** 21, 12                 # 25 million parameters: 201 MB of moments in 32 bits
 STATE_BYTES = 8 * ELEMENTS * TENSORS
@@ -98,6 +102,32 @@ def paged_memory() -> Iterator[Row]:
               ours, peer)
 
 
+def paged_training() -> Iterator[Row]:
+    """The peak of full fine-tuning at 110 million weights, with 128 MiB of moments in memory and with all of them.
+
+    Raises: MiniloraError: the losses differ.
+    """
+    work = Workload("full", batch=4, seq=256, compute=torch.float32, gradient_checkpointing=True)
+    ours, peer = measure("110m", replace(work, resident_bytes=128 << 20)), measure("110m", work)
+    if ours.losses != peer.losses:
+        raise MiniloraError(f"losses over pages {ours.losses}, without {peer.losses}: they must be the same")
+    kept = peer.peak - 0.9 * ours.parts.paged
+    yield Row("full_110m_paged", "bytes", ours.peak, peer.peak, peer.peak / ours.peak, peer.peak / kept, ours.peak, peer.peak)
+
+
+def memory_predicted() -> Iterator[Row]:
+    """What `minilora memory` says a run takes (ours) against what it took (peer), as the smaller over the larger."""
+    small, large = Workload("qlora", batch=4, seq=256), Workload("qlora", batch=1, seq=128, gradient_checkpointing=True)
+    for name, model, work in (("110m_qlora", "110m", small),
+                              ("110m_qlora_ckpt", "110m", replace(small, gradient_checkpointing=True)),
+                              ("110m_lora", "110m", replace(small, kind="lora")),
+                              ("110m_full", "110m", replace(small, kind="full", compute=torch.float32)),
+                              ("1b_qlora_ckpt", "1.1b", large), ("1b_lora_ckpt", "1.1b", replace(large, kind="lora")),
+                              ("1b_qlora", "1.1b", replace(large, batch=4, gradient_checkpointing=False))):
+        said, took = max(Peaks.of(predict(shape_of(model), work))), measure(model, work).peak
+        yield Row(f"memory_{name}", "bytes", said, took, min(said, took) / max(said, took), 0.9)
+
+
 def _peak(kind: str) -> int:
     """Peak bytes of a process that takes three steps with an optimizer, or none."""
     call = f"import minilora.bench; minilora.bench.print_peak({kind!r})"
@@ -126,7 +156,8 @@ def recomputation() -> Iterator[Row]:
     yield Row("recompute", "s", ours, peer, peer / ours)
 
 
-BENCHES: tuple[Callable[[], Iterator[Row]], ...] = (paged_steps, paged_memory, recomputation)
+BENCHES: tuple[Callable[[], Iterator[Row]], ...] = (paged_steps, paged_memory, paged_training, recomputation,
+                                                       memory_predicted)
 
 
 def bench(only: list[str] | None = None) -> Iterator[Row]:
@@ -134,9 +165,9 @@ def bench(only: list[str] | None = None) -> Iterator[Row]:
 
     Args: only: parts of the names of the functions that are run; default all.
     """
-    for measure in BENCHES:
-        if not only or any(part in measure.__name__ for part in only):
-            yield from measure()
+    for rows in BENCHES:
+        if not only or any(part in rows.__name__ for part in only):
+            yield from rows()
 
 
 def format_row(row: Row) -> str:

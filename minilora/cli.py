@@ -8,82 +8,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import typing
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 from minilora.config import TrainConfig, read_toml
 from minilora.errors import ConfigError, MiniloraError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Bad flags end like any other bad input: with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help, where there is one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
-        return (super()._get_help_string(action) if shown else action.help) or ""
-
-
-def _train_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of TrainConfig; absent ones stay absent, so that --config can fill them."""
-    hints = typing.get_type_hints(TrainConfig)
-    for setting in dataclasses.fields(TrainConfig):
-        hint, default = hints[setting.name], setting.default
-        flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        if default != "" and default is not False:      # 0 is a default worth showing, and equal to False
-            help += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-        options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": help}
-        if hint is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is Literal:
-            options["choices"] = typing.get_args(hint)
-        elif typing.get_origin(hint) is tuple:
-            options |= {"nargs": "+", "metavar": "NAME"}
-        else:
-            options |= {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
-        parser.add_argument(flag, **options)
-
-
-def _model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False) -> None:
-    parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id")
-    parser.add_argument("--adapter", required=adapter_required, help="run folder, or any PEFT adapter")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
-
-
-def _answer_flags(parser: argparse.ArgumentParser) -> None:
-    among = parser.add_mutually_exclusive_group()
-    among.add_argument("--labels", help="file with one label a line (default: the run's labels.txt)")
-    among.add_argument("--free", action="store_true", help="write freely instead of choosing a label")
-    parser.add_argument("--template", help="prompt: note, inst, tiny, or a text file with one {input} (default: the run's)")
-    parser.add_argument("--quantize", choices=("auto", "nf4", "none"), default="auto",
-                        help="how to store the base; auto is as in training, or nf4 without an adapter")
-    parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and label together (default: the run's)")
-    parser.add_argument("--input-column", default="input", help="column of notes")
-
-
-def _out_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+from minilora.flags import Formatter, Parser, answer_flags, memory_flags, model_flags, out_flags, train_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = _Parser(prog="minilora", allow_abbrev=False,
+    parser = Parser(prog="minilora", allow_abbrev=False,
                      description="LoRA and QLoRA from scratch: fine-tune a 4-bit Llama to label notes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=_Formatter,
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=Formatter,
                                   allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
@@ -91,13 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("demo", _demo, "everything, offline, on the small model and data that ship")
     sub.add_argument("--out", default="demo-out", help="folder for scores, run and picture")
     sub.add_argument("--seed", type=int, default=0, help="of the data and the training")
-    _out_flags(sub)
+    out_flags(sub)
 
     sub = command("data", _data, "write the synthetic radiology set (train.csv, val.csv, test.csv)")
     sub.add_argument("out", help="folder to create")
     sub.add_argument("--n", type=int, default=10_000, help="notes in all three splits together (80/10/10)")
     sub.add_argument("--seed", type=int, default=0, help="same seed, same files")
-    _out_flags(sub)
+    out_flags(sub)
 
     sub = command("quantize", _quantize, "turn a 16-bit checkpoint into a 4-bit one (Hugging Face bitsandbytes format)")
     sub.add_argument("model", help="tiny, a folder in Hugging Face's layout, or a hub id")
@@ -107,39 +48,51 @@ def build_parser() -> argparse.ArgumentParser:
                      help="quantize the block constants too")
     sub.add_argument("--dtype", default="bfloat16", help="of embeddings, norms and head: float32, bfloat16 or float16")
     sub.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
-    _out_flags(sub)
+    out_flags(sub)
 
     sub = command("train", _train, "fine-tune a 4-bit base with LoRA (or all weights) on a table of notes and labels")
     sub.add_argument("--config", help="TOML file with any of the settings below; flags win over it")
-    _train_flags(sub)
+    train_flags(sub)
 
     sub = command("evaluate", _evaluate, "score a model on a labelled table, with intervals")
-    _model_flags(sub)
-    _answer_flags(sub)
+    model_flags(sub)
+    answer_flags(sub)
     sub.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
     sub.add_argument("--label-column", default="label", help="column of labels")
     sub.add_argument("--embedder", default="base", choices=("base",),
                      help="what measures cosine similarity: the base model itself")
     sub.add_argument("--out", required=True, help="folder for metrics.json and predictions.csv")
     sub.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    _out_flags(sub)
+    out_flags(sub)
 
     sub = command("predict", _predict, "label one note, or a table of them")
-    _model_flags(sub)
-    _answer_flags(sub)
+    model_flags(sub)
+    answer_flags(sub)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--note", help="one note; prints the label alone on the first line")
     what.add_argument("--data", help="table of notes: CSV, JSONL or Parquet; needs --out")
     sub.add_argument("--out", help="table to write: the input's columns, then prediction, probability, error")
-    _out_flags(sub)
+    out_flags(sub)
 
     sub = command("merge", _merge, "fold an adapter into the weights, and say what that costs")
-    _model_flags(sub, adapter_required=True)
+    model_flags(sub, adapter_required=True)
     sub.add_argument("--into", choices=("16bit", "4bit", "original"), default="16bit",
                      help="16bit: the dequantized base, i.e. the model that was trained; 4bit: quantize the sum again; "
                           "original: the unquantized base, which training never saw")
     sub.add_argument("--out", required=True, help="folder to create")
-    _out_flags(sub)
+    out_flags(sub)
+
+    sub = command("memory", _memory, "say what a run will take, before anything is loaded: full fine-tuning, LoRA and QLoRA")
+    memory_flags(sub)
+
+    sub = command("report", _report, "write a run as one HTML page: training, memory, scores, errors, settings")
+    sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
+    sub.add_argument("--out", help="page to write (default: report.html in the run folder)")
+    sub.add_argument("--evaluation", metavar="DIR",
+                     help="what evaluate wrote (default: the only evaluation in RUN, or beside it where no other run lies)")
+    sub.add_argument("--show-text", action="store_true",
+                     help="show the hardest notes; they are patient data: the page is then readable by its owner alone")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing page")
 
     sub = command("audit", _audit, "re-derive every claim of the paper and of the README, here and now")
     sub.add_argument("--json", metavar="FILE", help="write the claims there as well, as a list of objects")
@@ -222,6 +175,34 @@ def _predict(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from minilora.convert import merge_folder
     print(merge_folder(args.model, args.adapter, args.out, args.into, args.device, args.pad_vocab, args.overwrite, args.quiet))
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from minilora.files import check_output, write_json
+    from minilora.loading import pick_device, pick_dtype
+    from minilora.memory import Workload
+    from minilora.memory_table import as_object, describe, plan, table
+    from minilora.shapes import shape_of
+    if args.json:
+        check_output(args.json, args.overwrite)
+    device = pick_device(args.device)
+    if not 0 < args.resident_mib < 2 ** 30:
+        raise ConfigError(f"--resident-mib must be a number of MiB above 0, not {args.resident_mib}")
+    pages = int(args.resident_mib * 2 ** 20) if args.optimizer == "paged_adamw" else None
+    work = Workload("qlora", args.batch, args.seq, min(args.label_tokens, args.seq), args.r,
+                    compute=pick_dtype(args.dtype, device), double_quant=args.double_quant,
+                    gradient_checkpointing=args.gradient_checkpointing, accumulate=args.accumulate,
+                    state_bits=args.state_bits, resident_bytes=pages, on_gpu=device.type == "cuda")
+    print(describe(args.model, shape_of(args.model), work))
+    columns = plan(args.model, work, measured=args.measure, device=str(device))
+    print(table(columns))
+    if args.json:
+        write_json(args.json, [as_object(column) for column in columns])
+
+
+def _report(args: argparse.Namespace) -> None:
+    from minilora.report import write_report
+    print(write_report(args.folder, args.out, args.evaluation, args.show_text, args.overwrite))
 
 
 def _audit(args: argparse.Namespace) -> None:

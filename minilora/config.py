@@ -145,11 +145,12 @@ class TrainConfig:
 
         Raises: ConfigError: the run's config.toml differs, or cannot be read.
         """
-        before, now = read_toml(path), self.settings()
+        # An older run's file lacks what was no setting yet: it went by the default.
         defaults = {setting.name: setting.default for setting in dataclasses.fields(self)}
+        before, now = {**defaults, **read_toml(path)}, self.settings()
         for name in sorted(now.keys() - MAY_CHANGE):
-            was = before.get(name, defaults[name])      # an older run's file lacks what was not a setting yet
-            if was != now[name] and was != tuple(now[name] if isinstance(now[name], list) else ()):
+            was = list(before[name]) if isinstance(before[name], tuple) else before[name]
+            if was != now[name]:
                 raise ConfigError(f"resume: {name} is {now[name]!r} and was {was!r} in {path}; give it as before, or start "
                                   "another run")
 

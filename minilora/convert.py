@@ -118,7 +118,7 @@ def _keep_task(model: nn.Module, source: Path, folder: Path) -> None:
     """
     recorded = read_extra(source)
     if "template" in recorded:
-        save_extra(model, folder, {key: value for key, value in recorded.items() if key != "base_quantization"})
+        save_extra(model, folder, {key: recorded[key] for key in ("template", "max_length", "base_model") if key in recorded})
     if (source / "labels.txt").is_file():
         write_labels(folder / "labels.txt", read_labels(source / "labels.txt"))
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.calibration import calibration_error
 from minilora.clinical import ClosePair, clinical_difference, close_pairs
 from minilora.data.table_writer import TableWriter, added_columns
 from minilora.embed import Embedder
@@ -29,7 +30,6 @@ from minilora.metrics import (
     Floats,
     Pairs,
     bootstrap_intervals,
-    calibration_error,
     count_pairs,
     label_scores,
     normalize_label,

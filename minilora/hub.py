@@ -21,13 +21,14 @@ BIN = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
-def resolve_model(name: str | os.PathLike[str], revision: str | None = None, progress: bool = True) -> Path:
+def resolve_model(name: str | os.PathLike[str], revision: str | None = None, progress: bool = True, weights: bool = True
+                  ) -> Path:
     """The folder of a model.
 
     Args:
         name: "tiny" (ships with the package), a folder, or a hub id such as "epfl-llm/meditron-7b".
         revision: branch, tag or commit of a hub id.
-        progress: show huggingface-hub's bars.
+        progress: show huggingface-hub's bars. weights: False fetches config.json alone.
 
     Returns: a folder that holds config.json.
     Raises: CheckpointError: no such folder, or not a model's. HubError: the hub id is malformed, unknown, gated or cannot
@@ -53,7 +54,7 @@ def resolve_model(name: str | os.PathLike[str], revision: str | None = None, pro
                               "epfl-llm/meditron-7b")
     if not HUB_ID.fullmatch(text):
         raise HubError(f"{text!r} is no folder and no hub id; a hub id looks like epfl-llm/meditron-7b")
-    return _download(text, revision, progress)
+    return _download(text, revision, progress, weights)
 
 
 def _checked(folder: Path) -> Path:
@@ -64,7 +65,7 @@ def _checked(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json, weights and a tokenizer")
 
 
-def _download(repo: str, revision: str | None, progress: bool) -> Path:
+def _download(repo: str, revision: str | None, progress: bool, weights: bool) -> Path:
     """Fetch what is needed of a repository, or find it in the cache."""
     # Imported here: it takes a moment, and only hub ids need it.
     import huggingface_hub
@@ -73,9 +74,10 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
     silenced = not progress and not utils.are_progress_bars_disabled()
     if silenced:
         utils.disable_progress_bars()
+    wanted = [*SMALL_FILES, *SAFETENSORS] if weights else ["config.json"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, *SAFETENSORS]))
-        if not any(folder.glob("model*.safetensors")):
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if weights and not any(folder.glob("model*.safetensors")):
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, *BIN]))
     except Exception as error:
         raise _explained(error, repo, revision) from error
@@ -84,7 +86,7 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
             utils.enable_progress_bars()
     if not (folder / "config.json").is_file():
         raise HubError(f"{repo}: the repository has no config.json, so it is not a model in the Hugging Face layout")
-    if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    if weights and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise HubError(f"{repo}: neither model*.safetensors nor pytorch_model*.bin in the repository, or in what the cache "
                        f"{huggingface_hub.constants.HF_HUB_CACHE} holds of it; if the hub cannot be reached here, run on a "
                        f"machine that can: hf download {repo} --local-dir DIR, copy DIR here and name it instead")

@@ -151,13 +151,3 @@ def bootstrap_intervals(pairs: Pairs, resamples: int, rng: np.random.Generator,
     edges = (50 * (1 - level), 50 * (1 + level))
     found = {name: np.percentile(np.concatenate(values), edges).clip(0, 1) for name, values in draws.items()}
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
-
-
-def calibration_error(probability: Floats, right: NDArray[np.bool_], bins: int = 10) -> float:
-    """Expected calibration error: mean |accuracy − mean probability| over equal bins of probability, weighted by rows.
-
-    Source: Guo et al., arXiv 1706.04599, equation 3.
-    """
-    which = np.minimum((probability * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(which, right.astype(np.float64) - probability, bins)
-    return float(np.abs(gaps).sum() / len(probability))

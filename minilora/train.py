@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,8 +181,8 @@ def train(config: TrainConfig) -> TrainResult:
         gradients = compute_gradients(model, batches, optimizer)
         loss = gradients.loss
         if gradients.evicted_bytes:
-            progress.write(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.0f} MB of optimizer pages were put "
-                           "out, and the step was done again")
+            warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages were put "
+                          "out, and the step was done again", stacklevel=2)
         norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
                                                           config.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):

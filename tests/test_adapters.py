@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_another_block_size_warns_and_the_same_does_not(base: Path, tmp_path: Pa
     for options in ({"blocksize": 128}, {"double_quant": False}, {"quantize": None}):
         with pytest.warns(UserWarning, match="trained on a base stored as nf4 in blocks of 64 with double"):
             load_model(base, adapter=tmp_path / "adapter", **options)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_another_model_of_the_same_shape_warns(base: Path, tmp_path: Path, quantize: Any) -> None:
+    save_adapter(add_lora(load_model(base, quantize=quantize), LoRAConfig(r=4)), tmp_path / "adapter")
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match="trained over other weights than these: over another model"):
+        load_model(other, adapter=tmp_path / "adapter", quantize=quantize)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(base, adapter=tmp_path / "adapter", quantize=quantize, dtype=torch.float32)
 
 
 def edit(folder: Path, **changes: object) -> None:

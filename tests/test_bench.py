@@ -10,6 +10,9 @@ import pytest
 
 from minilora import bench
 from minilora.cli import main
+from minilora.errors import MiniloraError
+from minilora.measured import Measured
+from minilora.memory import Memory
 
 FIELDS = {"name", "unit", "ours", "peer", "ratio", "limit", "ours_peak_bytes", "peer_peak_bytes"}
 
@@ -37,11 +40,36 @@ def test_in_turns_calls_both_alike_and_takes_medians() -> None:
 def test_rows_are_written_as_promised(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_peak", lambda kind: {"none": 100, "small_disk": 10 ** 6, "unpaged": 10 ** 9}[kind])
-    assert main(["bench", "--json", str(tmp_path / "rows.json"), "--only", "memory", "recomputation"]) == 0
+    assert main(["bench", "--json", str(tmp_path / "rows.json"), "--only", "paged_memory", "recomputation"]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in rows] == ["paged_adamw_peak", "recompute"] and all(row.keys() == FIELDS for row in rows)
     assert "recompute" in capsys.readouterr().out
-    assert main(["bench", "--json", str(tmp_path / "rows.json"), "--only", "memory"]) == 2     # it is there already
+    assert main(["bench", "--json", str(tmp_path / "rows.json"), "--only", "paged_memory"]) == 2     # it is there already
+
+
+def taking(peak: int, paged: int = 0, losses: tuple[float, ...] = (1.0, 0.5)) -> Measured:
+    return Measured(Memory(peak, 0, 0, 0, 0, 0, 0, 0, paged), peak, 0, losses)
+
+
+def test_paging_counts_only_where_the_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {True: taking(300, paged=700), False: taking(1000)}
+    monkeypatch.setattr(bench, "measure", lambda model, work: runs[work.resident_bytes is not None])
+    row, = bench.paged_training()
+    assert (row.ours, row.peer, row.ok) == (300, 1000, True)
+    runs[True] = taking(371, paged=700)             # a tenth of what is not resident may be left: 1000 - 630
+    row, = bench.paged_training()
+    assert not row.ok
+    runs[True] = taking(300, paged=700, losses=(1.0, 0.6))
+    with pytest.raises(MiniloraError, match="must be the same"):
+        next(bench.paged_training())
+
+
+def test_a_prediction_may_miss_by_a_tenth_to_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "predict", lambda config, work: Memory(1000, 0, 0, 0, 0, 0, 0, 0))
+    for took, ok in ((905, True), (1105, True), (890, False), (1120, False)):
+        monkeypatch.setattr(bench, "measure", lambda model, work, took=took: taking(took))
+        rows = list(bench.memory_predicted())
+        assert len(rows) == 7 and all(row.ok == ok for row in rows), took
 
 
 @pytest.mark.usefixtures("small")

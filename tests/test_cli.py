@@ -26,7 +26,7 @@ from tests.models import write_model
 from tests.notes import LABELS, SECRET, notes, write_csv
 
 IDS = torch.arange(40)[None]
-COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "predict", "merge", "audit")
+COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "predict", "merge", "report", "audit")
 HARD = [("He said: \"no pain\", twice", "CT Brain"), ("Zeile eins\nZeile zwei", "MR Knee, left"), ("", ""),
         ("naïve – 疼痛 🦴", "CT Brain"), ("carriage\r\nreturn", "C-Spine(Bone)"), ("comma, and 'quotes'", "CT Brain")]
 

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minilora.calibration import calibration_error
 from minilora.clinical import clinical_difference, read_protocol
 from minilora.errors import ConfigError, DataError
 from minilora.evaluate import OTHER, evaluate, format_table, save_evaluation
-from minilora.metrics import bootstrap_intervals, calibration_error, count_pairs, normalize_label, number_labels, summarize
+from minilora.metrics import bootstrap_intervals, count_pairs, normalize_label, number_labels, summarize
 
 WITH, WITHOUT, KNEE = "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "XR Knee"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minilora import CheckpointError, ConfigError, TrainConfig, load_model, train
+from minilora import CheckpointError, ConfigError, TrainConfig, load_adapter, load_model, train
 from minilora.convert import merge_folder, quantize_folder
 from minilora.llama.model import LlamaForCausalLM
 from minilora.own_base import own_base
@@ -96,6 +96,37 @@ def test_a_stopped_run_resumes_to_the_bytes_of_a_whole_one(config: TrainConfig, 
     train(dataclasses.replace(config, out=str(tmp_path / "whole")))
     for file in ("adapter_model.safetensors", "base/model.safetensors", "base/config.json"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_over_the_published_base_the_adapter_warns(config: TrainConfig, quantize: Any) -> None:
+    train(dataclasses.replace(config, max_steps=1, quantize=quantize))
+    model = load_model(config.model, quantize=None if quantize == "none" else "nf4", dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"trained over other weights.*run/base"):
+        load_adapter(model, config.out)
+
+
+def test_a_merged_model_no_longer_has_a_base_of_its_own(config: TrainConfig, tmp_path: Path) -> None:
+    train(dataclasses.replace(config, max_steps=1))
+    merge_folder(config.model, config.out, tmp_path / "merged", quiet=True)
+    recorded = json.loads((tmp_path / "merged" / "minilora.json").read_text())
+    assert recorded.keys() == {"base_quantization", "template", "max_length", "base_model"}
+
+
+def test_a_paged_run_goes_on_from_its_first_checkpoint(config: TrainConfig, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, optimizer="paged_adamw", page_bytes=4096, resident_mib=2 * 4096 / 2 ** 20)
+
+    def stop(*_: Any) -> int:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "append_metrics", stop)
+        train(config)                   # its only checkpoint, of step 0, holds no moments yet
+    train(dataclasses.replace(config, resume=True))
+    train(dataclasses.replace(config, out=str(tmp_path / "whole"), optimizer="adamw"))
+    name = "adapter_model.safetensors"
+    assert (Path(config.out) / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_run_without_its_base_is_refused(config: TrainConfig) -> None:

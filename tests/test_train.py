@@ -463,6 +463,16 @@ def test_resuming_with_other_settings_is_refused(config: TrainConfig, name: str,
         train(dataclasses.replace(config, resume=True, **{name: value}))
 
 
+def test_what_was_no_setting_yet_resumes_as_its_default(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, max_steps=1))
+    written = Path(config.out) / "config.toml"
+    kept = [line for line in written.read_text().splitlines() if not line.startswith(("init_lora_weights", "use_dora"))]
+    written.write_text("\n".join(kept))
+    with pytest.raises(ConfigError, match=r"resume: init_lora_weights is 'pissa' and was 'lora'"):
+        train(dataclasses.replace(config, resume=True, init_lora_weights="pissa"))
+    assert train(dataclasses.replace(config, max_steps=2, resume=True)).steps == 2
+
+
 def test_only_a_run_folder_is_resumed_or_overwritten(config: TrainConfig) -> None:
     out = Path(config.out)
     with pytest.raises(OutputError, match="no run to resume"):

@@ -149,10 +149,11 @@ class LoRALinear(nn.Module):
         if not self.active:
             return y
         dropped = F.dropout(x, self.dropout, self.training)
-        low_rank = F.linear(dropped, self.lora_A.weight.to(x.dtype))                       # (..., r)
-        update = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling         # (..., out)
+        # Scaled while it is narrow: (..., r) is read and written in a moment, (..., out) in forward and backward is not.
+        low_rank = F.linear(dropped, self.lora_A.weight.to(x.dtype)) * self.scaling        # (..., r)
+        update = F.linear(low_rank, self.lora_B.weight.to(x.dtype))                        # (..., out)
         if self.lora_magnitude_vector is None:
-            return y + update
+            return update.add_(y)
         bias = getattr(self.base_layer, "bias", None)
         # Dropout acts on the whole adapted path, as in PEFT; without it the base product is already there.
         base = F.linear(dropped, dense_weight(self.base_layer).to(x.dtype)) if self.training and self.dropout else \

@@ -27,8 +27,8 @@ from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, quantize_nf4
 # Up to so many rows of x the fused product is faster than unpacking and torch's product (11008 × 4096 on two AMD EPYC cores
 # with AVX-512: the lines cross at 112 and 330 rows).
 FUSED_ROWS = {torch.bfloat16: 96, torch.float32: 256}
-# In smaller layers a call costs the same either way, and torch's product is that of a dense layer to the bit.
-FUSED_WEIGHTS = 1 << 16
+# Smaller layers keep torch's product: there is little to save, and its sums are those of a dense layer to the bit.
+FUSED_WEIGHTS = 1 << 19
 
 
 def _rebuilt(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:

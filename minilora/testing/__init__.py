@@ -19,6 +19,7 @@ sixteenth of the codes is never used and every positive level but the largest is
     posted = [-1.0, -0.6962, -0.525, -0.394, -0.284, -0.18, -0.076, 0.0, 0.076, 0.18, 0.284, 0.394, 0.525, 0.6962, 1.0]
     testing.check_nf4_code(posted)      # AssertionError: NF4 has 16 levels, found 15
 """
+from minilora.testing.confidence import calibration_error, coverage, reliability
 from minilora.testing.specifications import (
     IGNORED,
     adamw,
@@ -52,8 +53,8 @@ from minilora.testing.strategies import (
 )
 
 __all__ = [
-    "IGNORED", "adamw", "adamw_8bit", "batches", "check_nf4_code", "checkpoint_shapes", "dequantize", "double_dequantize",
-    "double_quantize", "dynamic_code", "float32", "label_mask", "lora_forward", "lora_gradients", "masked_loss", "matmul",
-    "matrices", "nearest", "negative_log_likelihood", "nf4_code", "pack", "page_accesses", "pager", "quantize", "transpose",
-    "unpack", "weights",
+    "IGNORED", "adamw", "adamw_8bit", "batches", "calibration_error", "check_nf4_code", "checkpoint_shapes", "coverage",
+    "dequantize", "double_dequantize", "double_quantize", "dynamic_code", "float32", "label_mask", "lora_forward",
+    "lora_gradients", "masked_loss", "matmul", "matrices", "nearest", "negative_log_likelihood", "nf4_code", "pack",
+    "page_accesses", "pager", "quantize", "reliability", "transpose", "unpack", "weights",
 ]

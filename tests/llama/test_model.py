@@ -170,6 +170,14 @@ def test_a_tree_row_that_sees_nothing_is_no_nan() -> None:
     assert make()(ids(1, 3), attention_mask=mask).isfinite().all()
 
 
+def test_float64_stays_float64_where_gradients_are_wanted() -> None:
+    model = make().double()
+    with torch.no_grad():
+        expected = model(ids(1, 7))
+    assert model.model.layers[0].self_attn.q_proj.weight.requires_grad
+    torch.testing.assert_close(model(ids(1, 7)), expected, rtol=0, atol=1e-12)
+
+
 def test_an_unpadded_batch_needs_no_mask_and_a_windowed_one_shares_one() -> None:
     cpu = torch.device("cpu")
     assert attention_masks((None, None), torch.ones(2, 5), 2, 5, 0, cpu) == [None, None]

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +173,42 @@ def test_a_disk_that_fills_up_while_a_page_leaves_gives_nothing_out(monkeypatch:
         pager.use(0)
     with pytest.raises(OutputError, match="No space left"):
         pager.evict()
+
+
+def test_whatever_stops_a_move_no_older_page_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pager, backing = working()
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(backing, "read", out_of_memory)
+    with pytest.raises(OutputError, match="MemoryError"):
+        pager.use(0)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="state is lost"):
+        pager.use(0)
+
+
+COUNT_THREADS = """
+import os, sys, torch
+from minilora.optim.paged import Pager
+
+torch.set_num_threads(2)
+torch.ones(1 << 20).add_(1)
+before = len(os.listdir("/proc/self/task"))
+pager = Pager(2 << 20, 4 << 20, sys.argv[1])
+pager.grow(4)
+for page in (0, 1, 2, 3, 0, 1):
+    pager.use(page, (page + 1) % 4)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+@pytest.mark.parametrize("backing", ["host", "disk"])
+def test_its_thread_starts_no_others(backing: Backing) -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS, backing], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n", "a second team of OpenMP threads slows down every operation of the program"
 
 
 def test_a_closed_pager_is_refused() -> None:

@@ -1,0 +1,97 @@
+"""Flags that commands share, and how they are parsed and shown."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from typing import Any, Literal, NoReturn
+
+from minilora.config import TrainConfig
+from minilora.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad flags end like any other bad input: with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message; the caller prints it."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
+        return (super()._get_help_string(action) if shown else action.help) or ""
+
+
+def train_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of TrainConfig; absent ones stay absent, so that --config can fill them."""
+    hints = typing.get_type_hints(TrainConfig)
+    for setting in dataclasses.fields(TrainConfig):
+        hint, default = hints[setting.name], setting.default
+        flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
+        if default != "" and default is not False:      # 0 is a default worth showing, and equal to False
+            help += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+        options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": help}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is Literal:
+            options["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            options |= {"nargs": "+", "metavar": "NAME"}
+        else:
+            options |= {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
+        parser.add_argument(flag, **options)
+
+
+def model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False) -> None:
+    """Which model, with which adapter, where."""
+    parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id")
+    parser.add_argument("--adapter", required=adapter_required, help="run folder, or any PEFT adapter")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
+
+
+def answer_flags(parser: argparse.ArgumentParser) -> None:
+    """How notes are read and answered."""
+    among = parser.add_mutually_exclusive_group()
+    among.add_argument("--labels", help="file with one label a line (default: the run's labels.txt)")
+    among.add_argument("--free", action="store_true", help="write freely instead of choosing a label")
+    parser.add_argument("--template", help="prompt: note, inst, tiny, or a text file with one {input} (default: the run's)")
+    parser.add_argument("--quantize", choices=("auto", "nf4", "none"), default="auto",
+                        help="how to store the base; auto is as in training, or nf4 without an adapter")
+    parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and label together (default: the run's)")
+    parser.add_argument("--input-column", default="input", help="column of notes")
+
+
+def out_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that writes has."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+
+
+def memory_flags(parser: argparse.ArgumentParser) -> None:
+    """What is planned: names as in training, as far as they go."""
+    parser.add_argument("--model", required=True,
+                        help="110m, 1.1b, 7b, 8b or 70b (shapes), tiny, a folder, or a hub id (config.json alone is fetched)")
+    parser.add_argument("--batch", "--batch-size", type=int, default=1, metavar="N", help="notes per micro-batch")
+    parser.add_argument("--seq", "--max-length", type=int, default=512, metavar="N", help="tokens of each")
+    parser.add_argument("--label-tokens", type=int, default=16, metavar="N", help="of these, tokens that carry loss")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per optimizer step")
+    parser.add_argument("--r", type=int, default=16, metavar="N", help="rank of the update, on all seven linears")
+    parser.add_argument("--optimizer", choices=("adamw", "paged_adamw"), default="adamw", help="as in train")
+    parser.add_argument("--state-bits", type=int, choices=(32, 8), default=32, help="of each moment")
+    parser.add_argument("--resident-mib", type=float, default=128.0, metavar="X", help="MiB of pages in memory (paged_adamw)")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                        help="recompute activations in backward")
+    parser.add_argument("--dtype", default="bfloat16", help="compute type of LoRA and QLoRA: float32, bfloat16 or float16")
+    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
+                        help="quantize the block constants as well")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--measure", nargs="+", choices=("full", "lora", "qlora"), default=[], metavar="KIND",
+                        help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
+    parser.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")

@@ -1,0 +1,233 @@
+"""What a run will take, before anything is loaded: bytes from a model's shape and the settings of the run.
+
+    weights      embeddings, norms, head and linears: 4 bits, 16, or, where all of them are trained, 32
+    absmax       a constant for every 64 weights of 4 bits, itself in 8 bits; one float32 for 256 of those
+    adapters     r · (in + out) float32 for each linear
+    gradients    float32, of what is trained: all weights, or the adapters alone
+    optimizer    two moments of what is trained, float32 or 8 bits; over pages, no more than the budget is in memory
+    activations  what the forward keeps for the backward: `block_activations`; with checkpointing, each block's input and one
+                 block's inside
+    logits       of the label tokens alone: compute type, float32, and their log-softmax
+    scratch      what is made and dropped: one weight unpacked, a block's gradients on their way through its MLP, and, where
+                 all weights are trained, the gradient of a table or the root of its second moment
+
+Activations and gradients are not there together: the backward drops the ones while it makes the others.  So the peak is the
+largest of three moments: the backward's begin and its end, and the optimizer's step.
+
+Not in it: Python and torch themselves, what malloc keeps of freed memory, dropout, DoRA.  `measured` takes the same table of
+a run of random weights.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from minilora.errors import ConfigError
+from minilora.layers.lora import ALL_LINEARS
+from minilora.layers.qlora import is_target
+from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
+from minilora.optim.adamw import BLOCKSIZE_8BIT
+from minilora.optim.paged_adamw import SMALLEST_8BIT
+from minilora.quant.nf4 import NESTED_BLOCKSIZE
+
+Kind = Literal["full", "lora", "qlora"]
+KINDS: tuple[Kind, ...] = ("full", "lora", "qlora")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and how.
+
+    Raises: ConfigError: a value out of range.
+
+    Attributes:
+        kind: all weights, adapters over dense ones, or adapters over 4-bit ones.
+        batch, seq: notes of a micro-batch, and tokens of each. label_tokens: of these, those that carry loss.
+        compute: type of the arithmetic; float32 for kind full.
+        state_bits: of each moment. resident_bytes: budget of pages; None keeps all moments in memory.
+        accumulate: micro-batches of a step. on_gpu: attention then stays in the compute type.
+    """
+
+    kind: Kind
+    batch: int = 1
+    seq: int = 512
+    label_tokens: int = 16
+    r: int = 16
+    target_modules: tuple[str, ...] = ALL_LINEARS
+    compute: torch.dtype = torch.bfloat16
+    blocksize: int = 64
+    double_quant: bool = True
+    gradient_checkpointing: bool = False
+    accumulate: int = 1
+    state_bits: int = 32
+    resident_bytes: int | None = None
+    on_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "label_tokens", "r", "blocksize", "accumulate"):
+            if not 1 <= getattr(self, name) <= 1 << 24:
+                raise ConfigError(f"{name} must be a whole number from 1 to {1 << 24:,}, not {getattr(self, name)}")
+        if self.state_bits not in (32, 8):
+            raise ConfigError(f"state_bits must be 32 or 8, not {self.state_bits}")
+        if self.kind == "full" and self.compute != torch.float32:
+            raise ConfigError(f"kind full trains float32 weights, not {self.compute}")
+
+
+class Memory(NamedTuple):
+    """Bytes of a run, by what they hold.
+
+    `paged` lies in host memory or in a file and is in no sum; `block` is the part of the activations that lies in one block.
+    """
+
+    weights: int
+    absmax: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    scratch: int
+    paged: int = 0
+    block: int = 0
+
+    @property
+    def always(self) -> int:
+        """Bytes that are there from the first step's end on."""
+        return self.weights + self.absmax + self.adapters + self.optimizer
+
+
+class Peaks(NamedTuple):
+    """Bytes at the three moments of a step that can be its peak."""
+
+    begin: int
+    end: int
+    step: int
+
+    @staticmethod
+    def of(parts: Memory, micro_batches: int = 1) -> Peaks:
+        """From the parts; with several micro-batches, gradients of the ones before are there when a backward begins."""
+        earlier = parts.gradients if micro_batches > 1 else 0
+        return Peaks(parts.always + earlier + parts.activations + parts.logits + parts.scratch,
+                     parts.always + parts.gradients + parts.block + parts.scratch,
+                     parts.always + parts.gradients + parts.scratch)
+
+
+def predict(config: LlamaConfig, work: Workload) -> Memory:
+    """Bytes of a run.
+
+    Guarantee: weights to optimizer are exact; activations within 2.5 % of what autograd keeps (tests/test_memory.py); the peak
+        within 10 % of a run's for 110 million and 1.1 billion parameters (`minilora memory --measure`).
+    """
+    compute = work.compute.itemsize
+    linears = config.linear_shapes()
+    in_blocks, everything = linear_parameters(config), num_parameters(config)
+    adapted = {name: shape for name, shape in linears.items() if is_target(name, work.target_modules)}
+    adapter_sizes = [] if work.kind == "full" else [work.r * size for _ in range(config.num_hidden_layers)
+                                                    for shape in adapted.values() for size in shape]
+    trained = parameter_sizes(config) if work.kind == "full" else adapter_sizes
+    if work.kind == "qlora":
+        blocks = [-(-rows * columns // work.blocksize) for rows, columns in linears.values()]
+        weights = config.num_hidden_layers * sum((rows * columns + 1) // 2 for rows, columns in linears.values())
+        absmax = config.num_hidden_layers * sum(
+            count + 4 * -(-count // NESTED_BLOCKSIZE) + 4 if work.double_quant else 4 * count for count in blocks)
+        weights += (everything - in_blocks) * compute
+    else:
+        weights, absmax = everything * compute, 0
+    moments = sum(moment_bytes(size, work.state_bits) for size in trained)
+    resident = moments if work.resident_bytes is None else min(moments, work.resident_bytes)
+    tokens = work.batch * work.seq
+    return Memory(weights, absmax, 4 * sum(adapter_sizes), 4 * sum(trained), resident, activations(config, work),
+                  logits_bytes(config, work), scratch_bytes(config, work), moments - resident,
+                  block_activations(config, work, tokens, tokens))
+
+
+def moment_bytes(size: int, state_bits: int) -> int:
+    """Both moments of a parameter of `size` elements."""
+    if state_bits == 32 or size < SMALLEST_8BIT:
+        return 8 * size
+    return 2 * (size + 4 * -(-size // BLOCKSIZE_8BIT))
+
+
+def parameter_sizes(config: LlamaConfig) -> list[int]:
+    """Elements of every parameter but biases, a tied head counted once."""
+    hidden = config.hidden_size
+    block = [rows * columns for rows, columns in config.linear_shapes().values()] + [hidden, hidden]
+    tables = [config.vocab_size * hidden] * (1 if config.tie_word_embeddings else 2)
+    return tables + block * config.num_hidden_layers + [hidden]
+
+
+def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: int) -> int:
+    """Bytes that a block keeps for its backward, of `tokens` tokens; queries and MLP at `asked` of them (`label_loss`).
+
+    One line a kept tensor, in the order of the forward; (…) its width.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    compute = work.compute.itemsize
+    attention = compute if work.on_gpu else 4           # on a CPU attention is computed in float32
+    full = work.kind == "full"
+
+    def adapted(*names: str) -> int:
+        return sum(is_target(name, work.target_modules) for name in names) if not full else 0
+
+    def norm(rows: int) -> int:
+        """Its input in float32 and 1/√(mean square); in full tuning the normed values too (hidden)."""
+        return rows * (4 * hidden + 4 + (compute * hidden if full else 0))
+
+    rank = compute * work.r
+    kept = norm(tokens)
+    if full or adapted("q_proj", "k_proj", "v_proj"):
+        kept += tokens * compute * hidden                                  # what q, k and v read
+    kept += rank * (asked * adapted("q_proj") + tokens * adapted("k_proj", "v_proj"))
+    kept += attention * (asked * query + 2 * tokens * key)                 # q, k, v
+    kept += asked * (attention * query + 4 * config.num_attention_heads)   # what attention gives, and log Σ exp of a row
+    if attention != compute and (full or adapted("o_proj")):
+        kept += asked * compute * query                                    # the same rounded, which o reads
+    kept += rank * asked * adapted("o_proj")
+    kept += norm(asked)
+    if full or adapted("gate_proj", "up_proj"):
+        kept += asked * compute * hidden                                   # what gate and up read
+    kept += asked * compute * 3 * inner                                    # gate, silu(gate), up
+    if full or adapted("down_proj"):
+        kept += asked * compute * inner                                    # silu(gate) · up, which down reads
+    kept += rank * asked * adapted(*MLP)
+    if not full and compute < 4:                                           # A and B in the compute type
+        kept += rank * sum(rows + columns for name, (rows, columns) in config.linear_shapes().items() if adapted(name))
+    return kept
+
+
+def activations(config: LlamaConfig, work: Workload) -> int:
+    """Bytes that the forward keeps for the backward, but for the logits."""
+    tokens, layers = work.batch * work.seq, config.num_hidden_layers
+    asked = work.batch * min(work.label_tokens, work.seq - 1)
+    compute = work.compute.itemsize
+    hidden = config.hidden_size
+    kept = tokens * 2 * compute * config.head_dim + asked * (4 * hidden + 4)        # rotation; the last norm
+    if work.kind == "full":
+        kept += asked * compute * 2 * hidden                                        # normed, and what the head reads
+    block, last = block_activations(config, work, tokens, tokens), block_activations(config, work, tokens, asked)
+    # Where the last block asks at some positions alone: those rows of its input, a mask in float32, and the input, which in
+    # float32 a norm keeps anyway.
+    last += asked * (compute * hidden + 4 * work.seq) + (tokens * compute * hidden if compute < 4 else 0)
+    if work.gradient_checkpointing:
+        return kept + layers * tokens * compute * hidden + max(last, block if layers > 1 else 0)
+    # Below the first adapters nothing is trained, so the first norm needs no gradient.
+    first_norm = 0 if work.kind == "full" else tokens * (4 * hidden + 4)
+    return kept + (layers - 1) * block + last - first_norm
+
+
+def logits_bytes(config: LlamaConfig, work: Workload) -> int:
+    """Logits of the label tokens in the compute type and in float32, and their log-softmax; as much for their gradients."""
+    compute = work.compute.itemsize
+    return work.batch * work.label_tokens * config.vocab_size * (8 + (compute if compute < 4 else 0))
+
+
+def scratch_bytes(config: LlamaConfig, work: Workload) -> int:
+    """What is made and dropped: see the module's docstring."""
+    largest = max(rows * columns for rows, columns in config.linear_shapes().values())
+    unpacked = largest * work.compute.itemsize if work.kind == "qlora" else 0
+    table = 4 * config.vocab_size * config.hidden_size if work.kind == "full" else 0
+    return unpacked + table + work.batch * work.seq * work.compute.itemsize * 4 * config.intermediate_size

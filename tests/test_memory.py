@@ -1,0 +1,134 @@
+"""What a run is said to take, against what autograd keeps, what tensors hold, and what a process of its own took."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from minilora import CheckpointError, ConfigError, PagedAdamW
+from minilora.layers.nf4_linear import NF4Linear
+from minilora.llama.config import LlamaConfig, num_parameters
+from minilora.measured import make_model, measure, measured_activations, random_batch
+from minilora.memory import Memory, Peaks, Workload, activations, moment_bytes, parameter_sizes, predict
+from minilora.memory_table import Column, bar, plan, size, table, to_have
+from minilora.shapes import SHAPES, shape_of
+from minilora.stepping import compute_gradients
+
+SMALL = {**SHAPES["110m"], "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 320,
+         "num_hidden_layers": 3, "vocab_size": 500}
+
+
+@pytest.mark.parametrize("kind", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("options", [
+    {}, {"compute": torch.float32}, {"gradient_checkpointing": True}, {"r": 3, "target_modules": ("q_proj", "down_proj")},
+    {"label_tokens": 63}, {"batch": 1, "label_tokens": 9}], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": False}],
+                         ids=["plain", "grouped", "untied"])
+def test_activations_are_what_autograd_keeps(kind: Any, options: dict[str, Any], shape: dict[str, Any]) -> None:
+    only = {"compute": torch.float32} if kind == "full" else {}
+    work = Workload(kind, **{"batch": 3, "seq": 64, "label_tokens": 5, **options, **only})
+    config = LlamaConfig.from_dict({**SMALL, **shape})
+    kept = measured_activations(make_model(config, work), random_batch(config, work))
+    assert activations(config, work) == pytest.approx(kept, rel=0.025)
+
+
+@pytest.mark.parametrize("kind", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("options", [{}, {"double_quant": False, "blocksize": 128}, {"r": 5, "target_modules": ("v_proj",)}],
+                         ids=str)
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False}, {"vocab_size": 501}], ids=str)
+def test_what_is_stored_is_exact(kind: Any, options: dict[str, Any], shape: dict[str, Any]) -> None:
+    work = Workload(kind, batch=2, seq=16, label_tokens=3, compute=torch.float32, **options)
+    config = LlamaConfig.from_dict({**SMALL, **shape})
+    model, parts = make_model(config, work), predict(config, work)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    compute_gradients(model, [random_batch(config, work)], torch.optim.SGD(trained, lr=0.1))
+    adapters = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
+    absmax = sum(buffer.nbytes for layer in model.modules() if isinstance(layer, NF4Linear)
+                 for name, buffer in layer.named_buffers() if name != "packed")
+    everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert (parts.weights, parts.absmax, parts.adapters) == (everything - adapters - absmax, absmax, adapters)
+    assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
+    assert parts.optimizer == 2 * parts.gradients
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_sizes_add_up(name: str) -> None:
+    assert sum(parameter_sizes(shape_of(name))) == num_parameters(shape_of(name))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("elements", [1, 4095, 4096, 4097, 70000])
+def test_moments_are_counted_as_the_optimizer_keeps_them(bits: Any, elements: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(elements))
+    parameter.grad = torch.ones(elements)
+    optimizer = PagedAdamW([parameter], state_bits=bits)
+    optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    assert moment_bytes(elements, bits) == sum(moment.nbytes for name, moment in state.items() if name != "step")
+
+
+def test_a_budget_holds_moments_back() -> None:
+    config = shape_of("110m")
+    whole = predict(config, Workload("full", compute=torch.float32, gradient_checkpointing=True))
+    paged = predict(config, Workload("full", compute=torch.float32, gradient_checkpointing=True, resident_bytes=128 << 20))
+    assert whole.optimizer == 8 * num_parameters(config) == 876_238_848
+    assert (paged.optimizer, paged.paged) == (128 << 20, whole.optimizer - (128 << 20))
+    assert max(Peaks.of(whole)) - max(Peaks.of(paged)) >= 0.9 * paged.paged
+
+
+def test_the_three_moments_of_a_step() -> None:
+    parts = Memory(weights=100, absmax=10, adapters=5, gradients=40, optimizer=20, activations=70, logits=8, scratch=3,
+                   block=30)
+    assert Peaks.of(parts) == (135 + 70 + 8 + 3, 135 + 40 + 30 + 3, 135 + 40 + 3)
+    assert Peaks.of(parts, micro_batches=2).begin == 135 + 40 + 70 + 8 + 3      # gradients of the first are there
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("qlora", {"gradient_checkpointing": True}), ("qlora", {}),
+    ("full", {"gradient_checkpointing": True, "resident_bytes": 128 << 20})], ids=str)
+def test_a_run_of_110_million_takes_what_is_said(kind: Any, options: dict[str, Any], tmp_path: Any) -> None:
+    work = Workload(kind, batch=4, seq=256, compute=torch.float32 if kind == "full" else torch.bfloat16, **options)
+    parts, found = predict(shape_of("110m"), work), measure("110m", work, folder=str(tmp_path))
+    assert max(Peaks.of(parts)) == pytest.approx(found.peak, rel=0.10)
+    for name in ("weights", "absmax", "adapters", "gradients", "optimizer", "activations", "logits", "paged"):
+        assert getattr(parts, name) == pytest.approx(getattr(found.parts, name), rel=0.025), name
+
+
+def test_the_table_shows_every_part_a_bar_and_the_machine() -> None:
+    shown = table(plan("7b", Workload("qlora", batch=1, seq=512, gradient_checkpointing=True)))
+    for word in ("absmax", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "= peak", "to have"):
+        assert word in shown
+    rows = {line.split()[1]: line for line in shown.splitlines() if line.startswith("  ") and len(line.split()) > 2}
+    assert rows["weights"].split()[2:] == ["26.95", "GB", "13.48", "GB", "3.76", "GB"]
+    bars = [line.split() for line in shown.splitlines() if ", when " in line]
+    assert [words[0] for words in bars] == ["full", "LoRA", "QLoRA"]
+    assert bars[0][1].strip("WgOxs") == "" and len(bars[0][1]) == 60
+
+
+def test_a_bar_is_cut_into_its_parts_to_scale() -> None:
+    parts = Memory(weights=30, absmax=0, adapters=0, gradients=10, optimizer=20, activations=40, logits=0, scratch=0, block=5)
+    drawn = bar(Column(Workload("lora"), parts, Peaks.of(parts)), largest=180)
+    assert drawn.split()[1] == "W" * 10 + "O" * 7 + "x" * 13             # ends at 30, 50 and 90 of 180, in sixtieths
+    assert "when the backward begins" in drawn
+
+
+def test_the_memory_to_have_is_a_size_that_is_sold() -> None:
+    parts = predict(shape_of("70b"), Workload("qlora", gradient_checkpointing=True))
+    assert to_have(Column(Workload("qlora"), parts, Peaks.of(parts))) == "48 GB"     # QLoRA's own claim, for 65B
+    assert (size(999), size(1.5e9), size(2_500_000)) == ("0.0 MB", "1.50 GB", "2.5 MB")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"seq": 0}, "seq must be"), ({"batch": -1}, "batch must be"), ({"r": 0}, "r must be"), ({"state_bits": 16}, "32 or 8"),
+    ({"kind": "full"}, "trains float32")], ids=str)
+def test_a_workload_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Workload(**{"kind": "qlora", **options})
+
+
+def test_a_model_that_is_not_there_and_too_many_tokens_are_refused() -> None:
+    with pytest.raises(ConfigError, match="4096 tokens exceed the model's 2048 positions"):
+        plan("7b", Workload("qlora", seq=4096))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        plan("./nowhere", Workload("qlora"))
