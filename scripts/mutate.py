@@ -41,6 +41,8 @@ MODEL, ROTARY, MASKS = "llama/model.py", "llama/rotary.py", "llama/masks.py"
 LOSS, STEPPING = "loss.py", "stepping.py"
 PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
+KERNEL = "kernels/nf4_cpu.cpp"
+KERNEL_TESTS = "tests/kernels/test_equal_bits.py"
 DECAY = "    if weight_decay:\n        param.mul_(1 - lr * weight_decay)\n"
 STEP = """    exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -92,6 +94,21 @@ MUTATIONS = (
     Mutation("a dense copy kept for backward", LAYER, "        ctx.weight, ctx.transposed = weight, transposed\n",
              "        ctx.weight, ctx.transposed, ctx.dense = weight, transposed, weight.dequantize(x.dtype)\n",
              "tests/layers"),
+    Mutation("the shared buffer saved for a second derivative", LAYER,
+             "NF4Product.apply(grad_y, ctx.weight, None, not ctx.transposed) if",
+             "grad_y @ _rebuilt(ctx.weight, grad_y.dtype) if", "tests/layers/test_scratch.py"),
+    Mutation("one buffer for all threads", "layers/scratch.py", "_local = threading.local()",
+             "_local = type('Shared', (), {})()", "tests/layers/test_scratch.py"),
+    Mutation("vector code: a tie goes up", KERNEL, "return index + ((Words)(value > lookup(midpoints, index)) & 1);",
+             "return index + ((Words)(value >= lookup(midpoints, index)) & 1);", KERNEL_TESTS),
+    Mutation("vector code: absmax with one rounding", "kernels/build.py", "-ffp-contract=off", "-ffp-contract=fast",
+             KERNEL_TESTS),
+    Mutation("vector code: nibbles swapped in a block's tail", KERNEL, "*out++ = (T)table[packed[first / 2] >> 4];\n        *",
+             "*out++ = (T)table[packed[first / 2] & 15];\n        *", KERNEL_TESTS),
+    Mutation("vector code: halves are cut, not rounded", KERNEL, "rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+             "rounded = bits >> 16;", KERNEL_TESTS),
+    Mutation("vector code: a row past the last is stored", KERNEL, "n < smaller(row + w_rows, p.out)", "n < row + w_rows",
+             "tests/kernels/test_product.py"),
     Mutation("merging subtracts", LORA, ".float() + self.update()\n", ".float() - self.update()\n", LORA_TESTS),
     Mutation("merge error measured against itself", MERGE, "error, update, kept = (merged - trained).norm()",
              "error, update, kept = (merged - merged).norm()", "tests/layers/test_merge.py"),

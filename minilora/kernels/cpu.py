@@ -97,10 +97,10 @@ class Kernel:
         Args:
             x: (rows, in) float32 or bfloat16, contiguous. packed: the codes of W (out, in). bias: (out,) float32 or None.
 
-        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type, for a single row whose blocks lie
-            within rows that of float32; products are summed in float32, and the result is rounded once.
+        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type; products are summed in float32, and
+            the result is rounded once.  (Instructions for bfloat16, where there are any, take numbers below 1.2e-38 for zero.)
         Guarantee: off the exact sum of those products by at most (in + 2) · 2⁻²⁴ · Σ|x w|, before the one rounding
-            (tests/kernels/test_product.py).  A row's result doesn't depend on its neighbours, nor on threads.
+            (tests/kernels/test_product.py).  A row's result depends neither on its neighbours' values nor on threads.
         """
         rows, in_features = x.shape
         y = torch.empty(rows, out_features, dtype=x.dtype)

@@ -14,8 +14,9 @@
 // it is, and shifted right by four as that of its high nibble: nothing is masked.
 //
 // Vectors are those of GCC and Clang (`vector_size`), which both split into what the machine has; only `lookup` and
-// `multiply_add` are written per machine: AVX-512, AVX2, NEON, and plain C++ for all others.  The machine is the one the file
-// is compiled for (build.py: -march=native).
+// `multiply_add` (and what widens bytes) are written per machine: AVX-512, AVX2, NEON, and plain C++ for all others.  The
+// machine is the one the file is compiled for (build.py: -march=native).  On x86 tests/kernels run every form but NEON, which
+// gave the same bits under emulation (qemu-aarch64, by hand) and was never timed.
 //
 // Trap: floating-point contraction must be off (-ffp-contract=off).  The reference rounds after the product and again after
 // the sum in `dynamic[code] * nested + offset`; a fused multiply-add there would be another absmax.
@@ -64,9 +65,8 @@ inline Longs widen8(const uint8_t* from) {
 #if defined(__AVX512F__)
     return (Longs)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
 #elif defined(__AVX2__)
-    int32_t halves[2];
-    memcpy(halves, from, 8);
-    __m256i result[2] = {_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(halves[0])), _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(halves[1]))};
+    __m128i bytes = _mm_loadl_epi64((const __m128i*)from);
+    __m256i result[2] = {_mm256_cvtepu8_epi64(bytes), _mm256_cvtepu8_epi64(_mm_srli_si128(bytes, 4))};
     return load<Longs>(result);
 #else
     uint64_t result[8];
@@ -170,7 +170,7 @@ inline float total(Floats v) {
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };           // the numbers that cpu.py passes
 
-inline Words choose(Words condition, Words yes, Words no) { return (condition & yes) | (~condition & no); }
+inline Words choose(Words condition, Words yes, Words no) { return condition ? yes : no; }
 
 // Round to the nearest bfloat16, ties to even; subnormals stay (the instruction for it would make them zero), NaN stays NaN.
 inline Words to_bfloat16(Floats v) {
@@ -275,10 +275,12 @@ void decode_absmax(const Packed& w, int64_t first, int64_t count, float* out) {
     }
 }
 
-// A block's sixteen weights in the output's type, each in 32 bits.
+// A block's sixteen weights in the output's type, each in 32 bits; 16-bit ones stand in both halves.
 template <int KIND> inline Words scaled_table(Floats code, float absmax) {
     Floats table = code * absmax;
-    return KIND == FLOAT32 ? (Words)table : KIND == BFLOAT16 ? to_bfloat16(table) : to_float16(table);
+    if (KIND == FLOAT32) return (Words)table;
+    Words half = KIND == BFLOAT16 ? to_bfloat16(table) : to_float16(table);
+    return half | half << 16;
 }
 
 template <int KIND> struct Stored { typedef uint16_t type; };
@@ -286,38 +288,55 @@ template <> struct Stored<FLOAT32> { typedef uint32_t type; };
 
 // Sixteen 32-bit or thirty-two 16-bit weights, one register, from the bytes at `from`.
 template <int KIND> inline Words unpack_register(Words table, const uint8_t* from) {
+#if defined(__AVX512VBMI__)
+    // One instruction picks eight bits from anywhere in 64, for each of eight bytes; only the first of an index matters.
+    if (KIND == FLOAT32)                                    // from bit 4, the high nibble; from bit 0, the low one
+        return lookup(table, (Words)_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0000000000000004), (__m512i)widen8(from)));
+    // A table of 32 halves, entry e at 2e and 2e + 1: bits 3 … 7 of a byte find its high nibble's, bits -1 … 3 its low one's.
+    __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x001f0023003f0003), (__m512i)widen16(from));
+    return (Words)_mm512_permutexvar_epi16(index, (__m512i)table);
+#else
     if (KIND == FLOAT32) {
         Longs byte = widen8(from);
         return lookup(table, (Words)(byte >> 4 | byte << 32));          // index 2i: the high nibble; 2i + 1: the low one
     }
     Words byte = widen16(from);
-    return lookup(table, byte >> 4) | lookup(table << 16, byte);        // even weights in the low halves, odd in the high ones
+    return lookup(table & 0xffff, byte >> 4) | lookup(table << 16, byte);   // even weights in the low halves, odd in the high
+#endif
 }
 
-// Weights first … last of one block to `out`; they may start and end within a byte.
-template <int KIND, class T> inline T* unpack_block(Words table, const uint8_t* packed, int64_t first, int64_t last, T* out) {
+// Weights first … last of one block to `out`; they may start and end within a byte, and end within a register.
+template <int KIND, class T> __attribute__((noinline)) void unpack_piece(Words table, const uint8_t* packed, int64_t first,
+                                                                          int64_t last, T* out) {
     const int64_t STEP = 64 / sizeof(T);
-    if (first < last && first % 2) *out++ = (T)table[packed[first++ / 2] & 15];
+    if (first % 2) *out++ = (T)table[packed[first++ / 2] & 15];
     for (; first + STEP <= last; first += STEP, out += STEP) store(out, unpack_register<KIND>(table, packed + first / 2));
     for (; first + 1 < last; first += 2) {
         *out++ = (T)table[packed[first / 2] >> 4];
         *out++ = (T)table[packed[first / 2] & 15];
     }
     if (first < last) *out++ = (T)table[packed[first / 2] >> 4];
-    return out;
 }
 
 // Weights first … last of the flattened tensor to `out`, whatever blocks they lie in.
 template <int KIND, class T = typename Stored<KIND>::type> void unpack(const Packed& w, int64_t first, int64_t last, T* out) {
-    const int64_t AT_ONCE = 128;
+    const int64_t AT_ONCE = 128, STEP = 64 / sizeof(T), blocksize = w.blocksize;
+    const uint8_t* packed = w.packed;
+    const Floats code = load<Floats>(w.code);
+    const bool whole = blocksize % STEP == 0 && first % blocksize == 0;         // blocks are whole registers, but for the last
     float absmax[AT_ONCE];
-    Floats code = load<Floats>(w.code);
-    for (int64_t block = first / w.blocksize; first < last; block += AT_ONCE) {
-        int64_t blocks = smaller(AT_ONCE, (last - 1) / w.blocksize + 1 - block);
+    for (int64_t block = first / blocksize; first < last; block += AT_ONCE) {
+        int64_t blocks = smaller(AT_ONCE, (last - 1) / blocksize + 1 - block);
         decode_absmax(w, block, blocks, absmax);
         for (int64_t b = 0; b < blocks; ++b) {
-            int64_t stop = smaller(last, (block + b + 1) * w.blocksize);
-            out = unpack_block<KIND>(scaled_table<KIND>(code, absmax[b]), w.packed, first, stop, out);
+            const Words table = scaled_table<KIND>(code, absmax[b]);
+            int64_t stop = smaller(last, (block + b + 1) * blocksize);
+            if (whole && stop - first == blocksize)
+                for (int64_t i = 0; i < blocksize; i += STEP)
+                    store(out + i, unpack_register<KIND>(table, packed + (first + i) / 2));
+            else
+                unpack_piece<KIND>(table, packed, first, stop, out);
+            out += stop - first;
             first = stop;
         }
     }
@@ -424,8 +443,8 @@ template <int KIND> void store_sums(const Product& p, const float* sums, int64_t
 }
 
 // Few rows: a weight meets all of them straight from the register it was looked up in.  W_ROWS rows of W share each load of x.
-template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int64_t row, const typename E::type* x, float* absmax,
-                                                           float* sums) {
+template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int64_t row, const typename E::type* x,
+                                                           float* absmax, float* sums) {
     const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2;
     int64_t w_rows = smaller(W_ROWS, p.out - row);
     Floats code = load<Floats>(p.w.code), sum[W_ROWS][ROWS] = {};
@@ -497,7 +516,9 @@ template <class E, int ROWS> void multiply_tile(const char* tile, int64_t stride
 }
 
 // Weights first … last in the type they are multiplied in: as they are, or bfloat16 widened to float32.
-template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last, uint16_t* to) { unpack<KIND>(w, first, last, to); }
+template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last, uint16_t* to) {
+    unpack<KIND>(w, first, last, to);
+}
 template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last, float* to) {
     if (KIND == FLOAT32) return unpack<FLOAT32>(w, first, last, (uint32_t*)to);
     uint16_t* half = (uint16_t*)to + (last - first);                // the second half of the room: widened from the front,
@@ -530,7 +551,7 @@ template <int KIND> void many(const Product& p) {
 
 template <int KIND> void product(const Product& p) {
     const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
-    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows start blocks; blocks hold whole registers
+    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows are whole blocks, and these registers
     if (!whole || p.rows > 16) many<KIND>(p);
     else if (p.rows == 1) few<KIND, 4, 1>(p);
     else if (p.rows == 2) few<KIND, 4, 2>(p);
@@ -556,8 +577,8 @@ template <int KIND> inline Floats load_some(const void* x, int64_t i, int64_t co
 }
 
 // Blocks that start with element `first`, an even one, and end before `last`; false where a number is not finite.
-template <int KIND> bool quantize(const void* x, int64_t first, int64_t last, Floats midpoints, int64_t blocksize, float* absmax,
-                                  uint8_t* packed) {
+template <int KIND> bool quantize(const void* x, int64_t first, int64_t last, Floats midpoints, int64_t blocksize,
+                                  float* absmax, uint8_t* packed) {
     uint32_t worst = 0;
     for (int64_t block = first / blocksize; first < last; ++block) {
         int64_t stop = smaller(last, (block + 1) * blocksize), i = first;
@@ -582,7 +603,9 @@ template <int KIND> bool quantize(const void* x, int64_t first, int64_t last, Fl
             Longs pairs = (Longs)index;                                         // low word: the even element's index
             pairs = pairs << 4 | pairs >> 32;
             if (full) store_bytes(packed + i / 2, pairs);
-            else for (int64_t k = i; k < stop; k += 2) packed[k / 2] = (uint8_t)pairs[(k - i) / 2] & (k + 1 < stop ? 0xff : 0xf0);
+            else
+                for (int64_t k = i; k < stop; k += 2)
+                    packed[k / 2] = (uint8_t)pairs[(k - i) / 2] & (k + 1 < stop ? 0xff : 0xf0);     // half a byte is not ours
         }
         first = stop;
     }
@@ -638,7 +661,7 @@ void nf4_product(const Packed* w, int64_t out, int64_t in, const void* x, int64_
     else product<BFLOAT16>(p);
 }
 
-// x (n) of `kind` -> absmax (blocks) and packed ((n + 1) / 2).  Returns whether all of x is finite; else the results mean nothing.
+// x (n) of `kind` -> absmax (blocks) and packed ((n + 1) / 2).  Returns whether all of x is finite; else both mean nothing.
 int nf4_quantize(const void* x, int kind, int64_t n, const float* code, int64_t blocksize, float* absmax, uint8_t* packed,
                  int padding, int threads) {
     if (kind == FLOAT32) return quantize_all<FLOAT32>(x, n, code, blocksize, absmax, packed, padding, threads);

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.kernels import reference
+from minilora import quantize_nf4
+from minilora.kernels import cpu, reference
 from minilora.kernels.cpu import Constants, Kernel
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE, NF4_ZERO
 from minilora.testing import strategies
@@ -140,6 +141,20 @@ def test_large_tensors_are_shared_by_threads_and_equal_the_reference(kernel: Ker
         for dtype in FLOATS:
             ours = kernel.dequantize(packed, Constants(absmax), NF4_CODE, blocksize, torch.empty(n, dtype=dtype))
             assert same_bits(ours, by_reference(packed, absmax, NF4_CODE, blocksize, n, dtype))
+
+
+@given(values=strategies.weights(), blocksize=blocksizes, double_quant=st.booleans(), dtype=st.sampled_from(FLOATS))
+def test_the_package_gives_the_same_bytes_without_the_kernel(values: list[float], blocksize: int, double_quant: bool,
+                                                             dtype: torch.dtype) -> None:
+    x = torch.tensor(values).to(dtype)
+    x = torch.where(x.isfinite() & (x.abs() < 1e30), x, 0)                      # the constants have a mean
+    with_it = quantize_nf4(x, blocksize, double_quant)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "kernel", lambda: None)
+        without = quantize_nf4(x, blocksize, double_quant)
+        weights = without.dequantize()
+    assert torch.equal(with_it.packed, without.packed) and torch.equal(with_it.absmax, without.absmax)
+    assert same_bits(with_it.dequantize(), weights)
 
 
 def test_the_reference_in_several_chunks_equals_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
