@@ -75,6 +75,15 @@ inline Longs widen8(const uint8_t* from) {
 #endif
 }
 
+// Store a register at the start of a cache line, around the cache: a common store would first read the line it overwrites.
+inline void store_past_cache(void* to, Words v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)to, (__m512i)v);
+#else
+    store(to, v);
+#endif
+}
+
 // Sixteen 16-bit numbers, each in 32 bits.
 inline Words widen_halves(const uint16_t* from) {
 #if defined(__AVX512F__)
@@ -292,7 +301,7 @@ template <int KIND> inline Words unpack_register(Words table, const uint8_t* fro
     // One instruction picks eight bits from anywhere in 64, for each of eight bytes; only the first of an index matters.
     if (KIND == FLOAT32)                                    // from bit 4, the high nibble; from bit 0, the low one
         return lookup(table, (Words)_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0000000000000004), (__m512i)widen8(from)));
-    // A table of 32 halves, entry e at 2e and 2e + 1: bits 3 … 7 of a byte find its high nibble's, bits -1 … 3 its low one's.
+    // A table of 32 halves, entry e at 2e and 2e + 1: bits 3 … 7 of a byte find the high nibble's, bits -1 … 3 the low one's.
     __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x001f0023003f0003), (__m512i)widen16(from));
     return (Words)_mm512_permutexvar_epi16(index, (__m512i)table);
 #else
@@ -318,8 +327,9 @@ template <int KIND, class T> __attribute__((noinline)) void unpack_piece(Words t
     if (first < last) *out++ = (T)table[packed[first / 2] >> 4];
 }
 
-// Weights first … last of the flattened tensor to `out`, whatever blocks they lie in.
-template <int KIND, class T = typename Stored<KIND>::type> void unpack(const Packed& w, int64_t first, int64_t last, T* out) {
+// Weights first … last of the flattened tensor to `out`, whatever blocks they lie in; `past_cache` where `out` starts a line.
+template <int KIND, class T = typename Stored<KIND>::type>
+void unpack(const Packed& w, int64_t first, int64_t last, T* out, bool past_cache = false) {
     const int64_t AT_ONCE = 128, STEP = 64 / sizeof(T), blocksize = w.blocksize;
     const uint8_t* packed = w.packed;
     const Floats code = load<Floats>(w.code);
@@ -331,9 +341,13 @@ template <int KIND, class T = typename Stored<KIND>::type> void unpack(const Pac
         for (int64_t b = 0; b < blocks; ++b) {
             const Words table = scaled_table<KIND>(code, absmax[b]);
             int64_t stop = smaller(last, (block + b + 1) * blocksize);
-            if (whole && stop - first == blocksize)
+            __builtin_prefetch(packed + first / 2 + 1024);
+            if (whole && stop - first == blocksize && past_cache)
                 for (int64_t i = 0; i < blocksize; i += STEP)
-                    store(out + i, unpack_register<KIND>(table, packed + (first + i) / 2));
+                    store_past_cache(out + i, unpack_register<KIND>(table, packed + first / 2 + i / 2));
+            else if (whole && stop - first == blocksize)
+                for (int64_t i = 0; i < blocksize; i += STEP)
+                    store(out + i, unpack_register<KIND>(table, packed + first / 2 + i / 2));
             else
                 unpack_piece<KIND>(table, packed, first, stop, out);
             out += stop - first;
@@ -345,8 +359,13 @@ template <int KIND, class T = typename Stored<KIND>::type> void unpack(const Pac
 template <int KIND> void unpack_all(const Packed& w, void* out, int threads) {
     typedef typename Stored<KIND>::type T;
     const int64_t PART = 4096;                      // a thread's part starts at a multiple of it: at a byte, at a cache line
+    const int64_t LARGE = 64 << 20;                 // bytes that no cache holds until they are read
+    bool past_cache = w.n * (int64_t)sizeof(T) >= LARGE && (uintptr_t)out % 64 == 0;
     parallel(w.n < ALONE ? 1 : threads, ceil_div(w.n, PART), [&](int64_t from, int64_t to) {
-        unpack<KIND>(w, from * PART, smaller(to * PART, w.n), (T*)out + from * PART);
+        unpack<KIND>(w, from * PART, smaller(to * PART, w.n), (T*)out + from * PART, past_cache);
+#if defined(__AVX512F__)
+        _mm_sfence();                               // such stores are seen by other threads only after this
+#endif
     });
 }
 
