@@ -396,8 +396,8 @@ struct ShortSingles {
     typedef uint16_t type;
     static const int COUNT = 32;
     static Words table(Floats code, float absmax) {
-        __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)(code * absmax));
-        return (Words)_mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);    // twice: an index has five bits here
+        __m512 table = (__m512)(code * absmax);
+        return (Words)_mm512_cvtne2ps_pbh(table, table);        // twice: an index has five bits here
     }
     static void weights(Words table, const uint8_t* from, Words& even, Words& odd) {
         __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
