@@ -568,12 +568,19 @@ template <int KIND> void many(const Product& p) {
     });
 }
 
+// With one or two rows of x memory is the bound, and the more rows of W are read at once, the better it is used.
+#if defined(__AVX512F__)
+const int STREAMS = 8;
+#else
+const int STREAMS = 4;                              // as many sums and tables as there are registers
+#endif
+
 template <int KIND> void product(const Product& p) {
     const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows are whole blocks, and these registers
     if (!whole || p.rows > 16) many<KIND>(p);
-    else if (p.rows == 1) few<KIND, 4, 1>(p);
-    else if (p.rows == 2) few<KIND, 4, 2>(p);
+    else if (p.rows == 1) few<KIND, STREAMS, 1>(p);
+    else if (p.rows == 2) few<KIND, STREAMS, 2>(p);
     else if (p.rows <= 4) few<KIND, 4, 4>(p);
     else few<KIND, 2, 8>(p);
 }
