@@ -396,8 +396,8 @@ struct ShortSingles {
     typedef uint16_t type;
     static const int COUNT = 32;
     static Words table(Floats code, float absmax) {
-        __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)(code * absmax));
-        return (Words)_mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);    // twice: an index has five bits here
+        __m512 table = (__m512)(code * absmax);
+        return (Words)_mm512_cvtne2ps_pbh(table, table);        // twice: an index has five bits here
     }
     static void weights(Words table, const uint8_t* from, Words& even, Words& odd) {
         __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
@@ -568,12 +568,19 @@ template <int KIND> void many(const Product& p) {
     });
 }
 
+// With one or two rows of x memory is the bound, and the more rows of W are read at once, the better it is used.
+#if defined(__AVX512F__)
+const int STREAMS = 8;
+#else
+const int STREAMS = 4;                              // as many sums and tables as there are registers
+#endif
+
 template <int KIND> void product(const Product& p) {
     const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows are whole blocks, and these registers
     if (!whole || p.rows > 16) many<KIND>(p);
-    else if (p.rows == 1) few<KIND, 4, 1>(p);
-    else if (p.rows == 2) few<KIND, 4, 2>(p);
+    else if (p.rows == 1) few<KIND, STREAMS, 1>(p);
+    else if (p.rows == 2) few<KIND, STREAMS, 2>(p);
     else if (p.rows <= 4) few<KIND, 4, 4>(p);
     else few<KIND, 2, 8>(p);
 }

@@ -143,6 +143,16 @@ def test_large_tensors_are_shared_by_threads_and_equal_the_reference(kernel: Ker
             assert same_bits(ours, by_reference(packed, absmax, NF4_CODE, blocksize, n, dtype))
 
 
+def test_what_is_larger_than_the_cache_is_the_same(kernel: Kernel) -> None:
+    n = (1 << 25) + 77                                                          # 64 MiB in 16 bits
+    packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator(0))
+    absmax = torch.rand(-(-n // 64), generator=generator(0))
+    expected = by_reference(packed, absmax, NF4_CODE, 64, n, torch.bfloat16)
+    for start in (0, 1):                                                        # at a cache line, and beside one
+        out = torch.empty(n + 1, dtype=torch.bfloat16)[start : start + n]
+        assert torch.equal(kernel.dequantize(packed, Constants(absmax), NF4_CODE, 64, out), expected)
+
+
 @given(values=strategies.weights(), blocksize=blocksizes, double_quant=st.booleans(), dtype=st.sampled_from(FLOATS))
 def test_the_package_gives_the_same_bytes_without_the_kernel(values: list[float], blocksize: int, double_quant: bool,
                                                              dtype: torch.dtype) -> None:
