@@ -16,7 +16,8 @@
 // Vectors are those of GCC and Clang (`vector_size`), which both split into what the machine has; only `lookup` and
 // `multiply_add` (and what widens bytes) are written per machine: AVX-512, AVX2, NEON, and plain C++ for all others.  The
 // machine is the one the file is compiled for (build.py: -march=native).  On x86 tests/kernels run every form but NEON, which
-// gave the same bits under emulation (qemu-aarch64, by hand) and was never timed.
+// gave the same bits under emulation (qemu-aarch64, by hand) and was never timed.  Only AVX-512 is tuned: GCC takes vectors
+// of this size through memory elsewhere, and the AVX2 form is no faster than plain C++.
 //
 // Trap: floating-point contraction must be off (-ffp-contract=off).  The reference rounds after the product and again after
 // the sum in `dynamic[code] * nested + offset`; a fused multiply-add there would be another absmax.

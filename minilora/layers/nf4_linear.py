@@ -24,9 +24,6 @@ from minilora.errors import QuantizationError
 from minilora.layers.scratch import borrow
 from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, quantize_nf4
 
-# Up to so many rows of x the fused product is faster than unpacking and torch's product (11008 × 4096 on two AMD EPYC cores
-# with AVX-512: the lines cross at 112 and 330 rows).
-FUSED_ROWS = {torch.bfloat16: 96, torch.float32: 256}
 # Smaller layers keep torch's product: there is little to save, and its sums are those of a dense layer to the bit.
 FUSED_WEIGHTS = 1 << 19
 
@@ -39,10 +36,10 @@ def _rebuilt(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
 def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
     """``x Ŵᵀ + b`` in x's dtype, which is the type Ŵ is rounded to; sums are taken in float32, and rounded once."""
     bias = None if bias is None else bias.to(x.dtype)
-    rows = x.numel() // max(x.shape[-1], 1)
-    # Under autocast the types are torch's to choose.
-    if 0 < rows <= FUSED_ROWS.get(x.dtype, 0) and prod(weight.shape) >= FUSED_WEIGHTS and not torch.is_autocast_enabled("cpu"):
-        y = weight.fused_product(x.reshape(rows, -1), bias)
+    # Under autocast the types are torch's to choose; of an x that doesn't fit torch says so.
+    if (prod(weight.shape) >= FUSED_WEIGHTS and x.shape[-1] == weight.shape[1] and x.numel()
+            and not torch.is_autocast_enabled("cpu")):
+        y = weight.fused_product(x.reshape(-1, x.shape[-1]), bias)
         if y is not None:
             return y.view(*x.shape[:-1], -1)
     return F.linear(x, _rebuilt(weight, x.dtype), bias)

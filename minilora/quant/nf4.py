@@ -166,12 +166,13 @@ class NF4Tensor:
         Args:
             x: (rows, in) float32 or bfloat16. bias: (out,) or None. The tensor is a matrix (out, in).
 
-        Returns: (rows, out) in x's dtype, or None where there is no kernel for it.
+        Returns: (rows, out) in x's dtype, or None where there is no kernel for it, or `dequantize` and torch's product are
+            faster.
         Guarantee: Ŵ is rounded to x's dtype as `dequantize` does; sums are taken in float32 and rounded once
             (tests/kernels/test_product.py states the bound).
         """
         kernel = _kernel(self.device, x.dtype)
-        if kernel is None or x.dtype == torch.float16 or x.device != self.device:
+        if kernel is None or x.device != self.device or len(x) > kernel.fused_rows.get(x.dtype, 0):
             return None
         bias = None if bias is None else bias.detach().float().contiguous()
         return kernel.product(x.detach().contiguous(), self.packed, self._constants(), NF4_CODE, self.blocksize, self.shape[0],

@@ -185,3 +185,6 @@ def test_wrong_types_and_gaps_between_elements_are_refused_before_c_sees_them(ke
                 lambda: kernel.dequantize(packed, Constants(absmax), NF4_CODE, 64, torch.empty(64, 2)[:, 0])):
         with pytest.raises(ValueError, match="the kernel takes"):
             bad()
+    for n, blocksize in ((63 + 64, 64), (64, 32)):
+        with pytest.raises(ValueError, match="weights in 2 blocks"):
+            kernel.dequantize(packed, Constants(absmax), NF4_CODE, blocksize, torch.empty(n))

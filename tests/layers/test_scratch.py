@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from minilora import NF4Linear
+from minilora.kernels import cpu
 from minilora.layers import scratch
-from minilora.layers.nf4_linear import FUSED_ROWS, FUSED_WEIGHTS
+from minilora.layers.nf4_linear import FUSED_WEIGHTS
 
 CPU = torch.device("cpu")
 
@@ -46,9 +47,10 @@ def test_a_buffer_made_in_inference_mode_serves_training() -> None:
 
 
 @pytest.mark.parametrize("size", [96, 768])         # below and above FUSED_WEIGHTS
-@pytest.mark.parametrize("rows", [1, 300])          # below and above FUSED_ROWS
+@pytest.mark.parametrize("rows", [1, 300])          # below and above every `fused_rows`
 def test_results_and_gradients_survive_the_next_layers(size: int, rows: int) -> None:
-    assert 96 * 96 < FUSED_WEIGHTS <= 768 * 768 and 1 <= max(FUSED_ROWS.values()) < 300
+    assert 96 * 96 < FUSED_WEIGHTS <= 768 * 768
+    assert all(limit < 300 for limits in cpu.FUSED_ROWS.values() for limit in limits.values())
     torch.manual_seed(0)
     layers = [NF4Linear.from_linear(nn.Linear(size, size)) for _ in range(3)]
     x = torch.randn(rows, size, requires_grad=True)
@@ -96,3 +98,12 @@ def test_threads_that_train_at_once_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_an_x_that_does_not_fit_is_refused_by_torch_and_never_reaches_the_kernel() -> None:
+    layer = NF4Linear.from_linear(nn.Linear(1024, 1024))
+    for x in (torch.randn(2, 512), torch.randn(1, 2048), torch.randn(1024, 1)):
+        with pytest.raises(RuntimeError, match="shape"):
+            layer(x)
+    assert layer(torch.randn(1024)).shape == (1024,) and layer(torch.randn(0, 1024)).shape == (0, 1024)
+    assert layer(torch.randn(2, 3, 1024)).shape == (2, 3, 1024)
