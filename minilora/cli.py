@@ -178,6 +178,8 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _memory(args: argparse.Namespace) -> None:
+    import torch
+
     from minilora.files import check_output, write_json
     from minilora.loading import pick_device, pick_dtype
     from minilora.memory import Workload
@@ -185,7 +187,8 @@ def _memory(args: argparse.Namespace) -> None:
     from minilora.shapes import shape_of
     if args.json:
         check_output(args.json, args.overwrite)
-    device = pick_device(args.device)
+    # A GPU that is not here can be planned for, but not measured.
+    device = torch.device("cuda") if args.device.startswith("cuda") and not args.measure else pick_device(args.device)
     if not 0 < args.resident_mib < 2 ** 30:
         raise ConfigError(f"--resident-mib must be a number of MiB above 0, not {args.resident_mib}")
     pages = int(args.resident_mib * 2 ** 20) if args.optimizer == "paged_adamw" else None

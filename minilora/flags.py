@@ -90,7 +90,7 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="compute type of LoRA and QLoRA: float32, bfloat16 or float16")
     parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
                         help="quantize the block constants as well")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; a GPU need not be here to be planned for")
     parser.add_argument("--measure", nargs="+", choices=("full", "lora", "qlora"), default=[], metavar="KIND",
                         help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")

@@ -1,12 +1,15 @@
 """What a run is said to take, against what autograd keeps, what tensors hold, and what a process of its own took."""
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from minilora import CheckpointError, ConfigError, PagedAdamW
+from minilora.cli import main
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.config import LlamaConfig, num_parameters
 from minilora.measured import make_model, measure, measured_activations, random_batch
@@ -132,3 +135,32 @@ def test_a_model_that_is_not_there_and_too_many_tokens_are_refused() -> None:
         plan("7b", Workload("qlora", seq=4096))
     with pytest.raises(CheckpointError, match="no such folder"):
         plan("./nowhere", Workload("qlora"))
+
+
+def test_the_command_prints_the_table_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    assert main(["memory", "--model", "1.1b", "--batch", "2", "--seq", "128", "--optimizer", "paged_adamw",
+                 "--resident-mib", "64", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "1,100,048,384 parameters" in shown and "64 MiB of them in memory" in shown and "paged out" in shown
+    columns = json.loads(path.read_text())
+    assert [column["kind"] for column in columns] == ["full", "lora", "qlora"]
+    assert columns[2]["predicted"]["optimizer"] == 64 << 20 and columns[2]["predicted"]["paged"] > 0
+    assert main(["memory", "--model", "1.1b", "--json", str(path)]) == 2            # it is there already
+
+
+def test_a_gpu_that_is_not_here_can_be_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for device in ("cpu", "cuda"):
+        assert main(["memory", "--model", "7b", "--device", device, "--gradient-checkpointing"]) == 0
+        rows[device] = next(line for line in capsys.readouterr().out.splitlines() if "activations" in line)
+    assert rows["cpu"] != rows["cuda"]              # on a CPU attention is computed in float32
+    if not torch.cuda.is_available():
+        assert main(["memory", "--model", "7b", "--device", "cuda", "--measure", "qlora"]) == 2
+
+
+@pytest.mark.parametrize("flags", [["--resident-mib", "nan"], ["--resident-mib", "0"], ["--seq", "-5"], ["--batch", "0"],
+                                   ["--dtype", "int8"], ["--model", "nowhere/"], ["--measure", "everything"]], ids=" ".join)
+def test_bad_flags_end_with_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "--model", "tiny", *flags]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
