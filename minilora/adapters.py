@@ -226,7 +226,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             layer.lora_B.weight.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
             if layer.lora_magnitude_vector is not None:
                 layer.lora_magnitude_vector.copy_(tensors[f"{PREFIX}{name}.lora_magnitude_vector"])
-    if same_storage and recorded.get("base_digest", base_digest(model)) != base_digest(model):
+    if same_storage and recorded.get("base_digest", digest := base_digest(model)) != digest:
         own = f"the run's own base, {folder / 'base'}" if recorded.get("init_lora_weights", "lora") != "lora" else \
             str(recorded.get("base_model", "another model"))
         warnings.warn(f"the adapter in {folder} was trained over other weights than these: over {own}; its answers will be "

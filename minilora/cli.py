@@ -192,12 +192,13 @@ def _memory(args: argparse.Namespace) -> None:
     if not 0 < args.resident_mib < 2 ** 30:
         raise ConfigError(f"--resident-mib must be a number of MiB above 0, not {args.resident_mib}")
     pages = int(args.resident_mib * 2 ** 20) if args.optimizer == "paged_adamw" else None
-    work = Workload("qlora", args.batch, args.seq, min(args.label_tokens, args.seq), args.r,
+    work = Workload("qlora", args.batch, args.seq, args.label_tokens, args.r,
                     compute=pick_dtype(args.dtype, device), double_quant=args.double_quant,
                     gradient_checkpointing=args.gradient_checkpointing, accumulate=args.accumulate,
                     state_bits=args.state_bits, resident_bytes=pages, on_gpu=device.type == "cuda")
-    print(describe(args.model, shape_of(args.model), work))
-    columns = plan(args.model, work, measured=args.measure, device=str(device))
+    config = shape_of(args.model)
+    print(describe(args.model, config, work))
+    columns = plan(args.model, config, work, measured=args.measure, device=str(device))
     print(table(columns))
     if args.json:
         write_json(args.json, [as_object(column) for column in columns])

@@ -1,8 +1,8 @@
 """The other half of `memory`: the same table, measured in a run of random weights and tokens.
 
 Each kind of run has a process of its own, whose peak is read over the last of three optimizer steps.  Weights, constants,
-adapters, gradients and moments are the bytes of the tensors that are there; activations those that autograd keeps; scratch is
-what is left of the peak.
+adapters, gradients and moments are the bytes of the tensors that are there; activations and logits those that autograd keeps;
+scratch is what is left of the peak.
 """
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def random_batch(config: LlamaConfig, work: Workload, seed: int = 0) -> Batch:
     """Notes of random tokens, the last of which carry loss."""
     ids = torch.randint(0, config.vocab_size, (work.batch, work.seq), generator=torch.Generator().manual_seed(seed))
     labels = torch.full_like(ids, IGNORED)
-    labels[:, work.seq - work.label_tokens :] = ids[:, work.seq - work.label_tokens :]
-    return Batch(ids, torch.ones_like(ids), labels, work.batch * min(work.label_tokens, work.seq - 1), list(range(work.batch)))
+    last = slice(max(0, work.seq - work.label_tokens), None)
+    labels[:, last] = ids[:, last]
+    return Batch(ids, torch.ones_like(ids), labels, work.asked, list(range(work.batch)))
 
 
 def make_model(config: LlamaConfig, work: Workload, device: str | torch.device = "cpu") -> LlamaForCausalLM:
@@ -73,12 +74,23 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
         yield kept
 
 
-def measured_activations(model: LlamaForCausalLM, batch: Batch) -> int:
-    """Bytes kept by one forward, the logits' log-softmax not counted; with checkpointing, one block's inside as well."""
+def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int]:
+    """Bytes of activations and of logits that one forward keeps or makes.
+
+    Activations are what is kept until the head is done; with checkpointing, one block's inside as well.  Logits are the head's
+    result where it is 16-bit, and what the loss keeps of it, twice: in the forward beside its input, in the backward beside
+    its gradient.
+    """
+    seen: dict[str, int] = {}
     with kept_for_backward(model) as kept:
+        def after_head(_: nn.Module, __: object, logits: Tensor) -> None:
+            seen.update(activations=sum(kept.values()), head=logits.nbytes if logits.element_size() < 4 else 0)
+
+        handle = model.lm_head.register_forward_hook(after_head)
         label_loss(model, batch)
-    total = sum(kept.values()) - batch.label_tokens * model.config.vocab_size * 4
-    return total + largest_block(model, batch) if model.gradient_checkpointing else total
+        handle.remove()
+    inside = largest_block(model, batch) if model.gradient_checkpointing else 0
+    return seen["activations"] + inside, seen["head"] + 2 * (sum(kept.values()) - seen["activations"])
 
 
 def largest_block(model: LlamaForCausalLM, batch: Batch) -> int:
@@ -145,8 +157,7 @@ def run(config: LlamaConfig, work: Workload, device: str = "cpu", folder: str | 
     moments = sum(moment.nbytes for state in optimizer.state_dict()["state"].values()
                   for name, moment in state.items() if name != "step")
     resident = moments if work.resident_bytes is None else min(moments, work.resident_bytes)
-    logits = batch.label_tokens * config.vocab_size * (8 + (work.compute.itemsize if work.compute.itemsize < 4 else 0))
-    parts = Memory(weights, absmax, adapters, gradients, resident, measured_activations(model, batch), logits, 0,
+    parts = Memory(weights, absmax, adapters, gradients, resident, *kept_by_forward(model, batch), 0,
                    moments - resident, largest_block(model, batch))
     scratch = max(0, backward - max(Peaks.of(parts, work.accumulate)))
     return Measured(parts._replace(scratch=scratch), backward, step, tuple(losses))

@@ -33,6 +33,7 @@ from minilora.optim.paged_adamw import SMALLEST_8BIT
 from minilora.quant.nf4 import NESTED_BLOCKSIZE
 
 Kind = Literal["full", "lora", "qlora"]
+Moment = Literal["begin", "end", "step"]
 KINDS: tuple[Kind, ...] = ("full", "lora", "qlora")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -67,13 +68,18 @@ class Workload:
     on_gpu: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "label_tokens", "r", "blocksize", "accumulate"):
-            if not 1 <= getattr(self, name) <= 1 << 24:
-                raise ConfigError(f"{name} must be a whole number from 1 to {1 << 24:,}, not {getattr(self, name)}")
+        for name, least in (("batch", 1), ("seq", 2), ("label_tokens", 1), ("r", 1), ("blocksize", 1), ("accumulate", 1)):
+            if not least <= getattr(self, name) <= 1 << 24:
+                raise ConfigError(f"{name} must be a whole number from {least} to {1 << 24:,}, not {getattr(self, name)}")
         if self.state_bits not in (32, 8):
             raise ConfigError(f"state_bits must be 32 or 8, not {self.state_bits}")
         if self.kind == "full" and self.compute != torch.float32:
             raise ConfigError(f"kind full trains float32 weights, not {self.compute}")
+
+    @property
+    def asked(self) -> int:
+        """Positions of a micro-batch at which a label token is predicted; nothing predicts the first token."""
+        return self.batch * min(self.label_tokens, self.seq - 1)
 
 
 class Memory(NamedTuple):
@@ -93,10 +99,16 @@ class Memory(NamedTuple):
     paged: int = 0
     block: int = 0
 
+    def held(self, micro_batches: int = 1) -> dict[Moment, Memory]:
+        """The parts that are there at each moment; with several micro-batches, gradients of those before when one begins."""
+        earlier = self.gradients if micro_batches > 1 else 0
+        return {"begin": self._replace(gradients=earlier), "end": self._replace(activations=self.block, logits=0),
+                "step": self._replace(activations=0, logits=0)}
+
     @property
-    def always(self) -> int:
-        """Bytes that are there from the first step's end on."""
-        return self.weights + self.absmax + self.adapters + self.optimizer
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self[:self._fields.index("paged")])
 
 
 class Peaks(NamedTuple):
@@ -108,11 +120,8 @@ class Peaks(NamedTuple):
 
     @staticmethod
     def of(parts: Memory, micro_batches: int = 1) -> Peaks:
-        """From the parts; with several micro-batches, gradients of the ones before are there when a backward begins."""
-        earlier = parts.gradients if micro_batches > 1 else 0
-        return Peaks(parts.always + earlier + parts.activations + parts.logits + parts.scratch,
-                     parts.always + parts.gradients + parts.block + parts.scratch,
-                     parts.always + parts.gradients + parts.scratch)
+        """The sums of `Memory.held`."""
+        return Peaks(**{moment: held.total for moment, held in parts.held(micro_batches).items()})
 
 
 def predict(config: LlamaConfig, work: Workload) -> Memory:
@@ -202,9 +211,7 @@ def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: i
 def activations(config: LlamaConfig, work: Workload) -> int:
     """Bytes that the forward keeps for the backward, but for the logits."""
     tokens, layers = work.batch * work.seq, config.num_hidden_layers
-    asked = work.batch * min(work.label_tokens, work.seq - 1)
-    compute = work.compute.itemsize
-    hidden = config.hidden_size
+    asked, compute, hidden = work.asked, work.compute.itemsize, config.hidden_size
     kept = tokens * 2 * compute * config.head_dim + asked * (4 * hidden + 4)        # rotation; the last norm
     if work.kind == "full":
         kept += asked * compute * 2 * hidden                                        # normed, and what the head reads
@@ -222,7 +229,7 @@ def activations(config: LlamaConfig, work: Workload) -> int:
 def logits_bytes(config: LlamaConfig, work: Workload) -> int:
     """Logits of the label tokens in the compute type and in float32, and their log-softmax; as much for their gradients."""
     compute = work.compute.itemsize
-    return work.batch * work.label_tokens * config.vocab_size * (8 + (compute if compute < 4 else 0))
+    return work.asked * config.vocab_size * (8 + (compute if compute < 4 else 0))
 
 
 def scratch_bytes(config: LlamaConfig, work: Workload) -> int:

@@ -4,10 +4,8 @@ A bar is the peak: of the three moments of a step that can be it, the one that i
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +13,13 @@ import torch
 from minilora.errors import ConfigError
 from minilora.llama.config import LlamaConfig, num_parameters
 from minilora.measured import Measured, measure
-from minilora.memory import KINDS, Kind, Memory, Peaks, Workload, predict
-from minilora.shapes import shape_of
+from minilora.memory import KINDS, Kind, Memory, Moment, Peaks, Workload, predict
+from minilora.runs import resident_bytes
 
 TITLES: dict[Kind, str] = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 PARTS = {"weights": "W", "absmax": "c", "adapters": "a", "gradients": "g", "optimizer": "O", "activations": "x", "logits": "l",
          "scratch": "s"}
-MOMENTS = {"begin": "the backward begins", "end": "the backward ends", "step": "the optimizer steps"}
-WITHOUT = {"begin": ("gradients",), "end": ("activations", "logits"), "step": ("activations", "logits")}
+MOMENTS: dict[Moment, str] = {"begin": "the backward begins", "end": "the backward ends", "step": "the optimizer steps"}
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)      # GB, as sold
 WIDTH = 60
 
@@ -37,21 +34,21 @@ class Column:
     measured: Measured | None = None
 
     @property
-    def moment(self) -> str:
+    def moment(self) -> Moment:
         """The moment of the peak."""
-        return max(Peaks._fields, key=lambda name: int(getattr(self.peaks, name)))
+        return max(MOMENTS, key=lambda moment: int(getattr(self.peaks, moment)))
 
 
-def plan(model: str, work: Workload, kinds: Sequence[Kind] = KINDS, measured: Sequence[Kind] = (), device: str = "cpu",
-         folder: str | None = None) -> list[Column]:
+def plan(model: str, config: LlamaConfig, work: Workload, kinds: Sequence[Kind] = KINDS, measured: Sequence[Kind] = (),
+         device: str = "cpu", folder: str | None = None) -> list[Column]:
     """Predict a run of each kind, and take those that are to be measured.
 
     Args:
-        model: as for `shape_of`. work: its kind is replaced by each of `kinds`; compute type float32 for full.
+        model: as for `shape_of`, which gives its config.
+        work: its kind is replaced by each of `kinds`, and its compute type by float32 for full.
 
-    Raises: CheckpointError, HubError: the model. ConfigError: more tokens than positions. MiniloraError: a run failed.
+    Raises: ConfigError: more tokens than positions. MiniloraError: a run failed.
     """
-    config = shape_of(model)
     if work.seq > config.max_position_embeddings:
         raise ConfigError(f"{work.seq} tokens exceed the model's {config.max_position_embeddings} positions")
     columns = []
@@ -87,7 +84,7 @@ def table(columns: Sequence[Column]) -> str:
                                                 for column in columns))
     largest = max(max(column.peaks) for column in columns)
     lines += ["", *(bar(column, largest) for column in columns), "",
-              f"  To have: room for Python and torch ({size(_own_bytes())} here) as well, and for activations, logits and",
+              f"  To have: room for Python and torch ({size(resident_bytes())} here) as well, and for activations, logits and",
               "  scratch once more, since allocators hold freed memory back.  Not counted: dropout, DoRA."]
     return "\n".join(lines)
 
@@ -98,18 +95,14 @@ def to_have(column: Column) -> str:
     Allocators hold some of that back when it is freed: glibc's malloc 0.4 to 0.95 of it in runs of 110 million weights.
     """
     parts = column.parts
-    needed = max(column.peaks) + parts.activations + parts.logits + parts.scratch + _own_bytes()
+    needed = max(column.peaks) + parts.activations + parts.logits + parts.scratch + resident_bytes()
     return next((f"{size} GB" for size in SIZES if size * 1e9 >= needed), f"over {SIZES[-1]} GB")
 
 
 def bar(column: Column, largest: int) -> str:
     """The peak of a column, a letter for each part, against the largest peak of the table."""
     moment = column.moment
-    held = column.parts._replace(**dict.fromkeys(WITHOUT[moment], 0))
-    if moment == "begin" and column.work.accumulate > 1:
-        held = held._replace(gradients=column.parts.gradients)
-    if moment == "end":
-        held = held._replace(activations=column.parts.block)
+    held = column.parts.held(column.work.accumulate)[moment]
     drawn, text, total = 0, "", 0
     for name, symbol in PARTS.items():
         total += getattr(held, name)
@@ -139,10 +132,3 @@ def _both(column: Column, name: str) -> tuple[int, int | None]:
 
 def _row(name: str, cells: Sequence[tuple[int, int | None]]) -> str:
     return f"  {name:<16}" + "".join(f"{size(value):>14}" for pair in cells for value in pair if value is not None)
-
-
-def _own_bytes() -> int:
-    """What this process takes now: Python and torch."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 400_000_000

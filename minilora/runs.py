@@ -196,11 +196,23 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Trap: on Linux getrusage also counts what the parent process held when it started this one.
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
+    found = _from_status("VmHWM")
+    if found is not None:
+        return found
     import resource  # absent on Windows, where the GPU branch still works
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now, or, where the system does not tell, the most it held."""
+    found = _from_status("VmRSS")
+    return peak_bytes(torch.device("cpu")) if found is None else found
+
+
+def _from_status(field: str) -> int | None:
+    """Bytes that Linux gives under this name; None on other systems."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None

@@ -12,8 +12,8 @@ from minilora import CheckpointError, ConfigError, PagedAdamW
 from minilora.cli import main
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.config import LlamaConfig, num_parameters
-from minilora.measured import make_model, measure, measured_activations, random_batch
-from minilora.memory import Memory, Peaks, Workload, activations, moment_bytes, parameter_sizes, predict
+from minilora.measured import kept_by_forward, make_model, measure, random_batch
+from minilora.memory import Memory, Peaks, Workload, activations, logits_bytes, moment_bytes, parameter_sizes, predict
 from minilora.memory_table import Column, bar, plan, size, table, to_have
 from minilora.shapes import SHAPES, shape_of
 from minilora.stepping import compute_gradients
@@ -32,8 +32,9 @@ def test_activations_are_what_autograd_keeps(kind: Any, options: dict[str, Any],
     only = {"compute": torch.float32} if kind == "full" else {}
     work = Workload(kind, **{"batch": 3, "seq": 64, "label_tokens": 5, **options, **only})
     config = LlamaConfig.from_dict({**SMALL, **shape})
-    kept = measured_activations(make_model(config, work), random_batch(config, work))
+    kept, logits = kept_by_forward(make_model(config, work), random_batch(config, work))
     assert activations(config, work) == pytest.approx(kept, rel=0.025)
+    assert logits_bytes(config, work) == pytest.approx(logits, rel=0.025)       # beside them lie the labels' numbers
 
 
 @pytest.mark.parametrize("kind", ["qlora", "lora", "full"])
@@ -99,7 +100,7 @@ def test_a_run_of_110_million_takes_what_is_said(kind: Any, options: dict[str, A
 
 
 def test_the_table_shows_every_part_a_bar_and_the_machine() -> None:
-    shown = table(plan("7b", Workload("qlora", batch=1, seq=512, gradient_checkpointing=True)))
+    shown = table(plan("7b", shape_of("7b"), Workload("qlora", batch=1, seq=512, gradient_checkpointing=True)))
     for word in ("absmax", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "= peak", "to have"):
         assert word in shown
     rows = {line.split()[1]: line for line in shown.splitlines() if line.startswith("  ") and len(line.split()) > 2}
@@ -123,8 +124,8 @@ def test_the_memory_to_have_is_a_size_that_is_sold() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"seq": 0}, "seq must be"), ({"batch": -1}, "batch must be"), ({"r": 0}, "r must be"), ({"state_bits": 16}, "32 or 8"),
-    ({"kind": "full"}, "trains float32")], ids=str)
+    ({"seq": 1}, "seq must be a whole number from 2"), ({"batch": -1}, "batch must be"), ({"r": 0}, "r must be"),
+    ({"state_bits": 16}, "32 or 8"), ({"kind": "full"}, "trains float32")], ids=str)
 def test_a_workload_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Workload(**{"kind": "qlora", **options})
@@ -132,9 +133,9 @@ def test_a_workload_out_of_range_is_refused(options: dict[str, Any], message: st
 
 def test_a_model_that_is_not_there_and_too_many_tokens_are_refused() -> None:
     with pytest.raises(ConfigError, match="4096 tokens exceed the model's 2048 positions"):
-        plan("7b", Workload("qlora", seq=4096))
+        plan("7b", shape_of("7b"), Workload("qlora", seq=4096))
     with pytest.raises(CheckpointError, match="no such folder"):
-        plan("./nowhere", Workload("qlora"))
+        shape_of("./nowhere")
 
 
 def test_the_command_prints_the_table_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,9 +269,12 @@ class Pager:
             self._coming = _Move(page, frame, self._thread.submit(self._exchange, leaving, frame, page))
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))    # updates of the frame's old page are still queued
-        with torch.cuda.stream(self._stream):
-            self._exchange(leaving, frame, page)
-            self._coming = _Move(page, frame, self._stream.record_event())
+        try:
+            with torch.cuda.stream(self._stream):
+                self._exchange(leaving, frame, page)
+                self._coming = _Move(page, frame, self._stream.record_event())
+        except Exception as error:
+            self._break(error)
 
     def _exchange(self, leaving: int | None, frame: Tensor, page: int) -> None:
         if leaving is not None:
