@@ -27,7 +27,7 @@ from minilora.layers.lora import LoRAConfig
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import add_lora
 from minilora.llama.config import LlamaConfig
-from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.model import LlamaDecoderLayer, LlamaForCausalLM
 from minilora.loss import label_loss
 from minilora.memory import Memory, Peaks, Workload
 from minilora.optim.adamw import AdamW
@@ -77,8 +77,8 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
 def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int]:
     """Bytes of activations and of logits that one forward keeps or makes.
 
-    Activations are what is kept until the head is done; with checkpointing, one block's inside as well.  Logits are the head's
-    result where it is 16-bit, and what the loss keeps of it, twice: in the forward beside its input, in the backward beside
+    Activations are what is kept until the head is done; with checkpointing, the inside of half a block as well.  Logits are the
+    head's result where it is 16-bit, and what the loss keeps of it, twice: in the forward beside its input, in the backward beside
     its gradient.
     """
     seen: dict[str, int] = {}
@@ -89,24 +89,31 @@ def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int]:
         handle = model.lm_head.register_forward_hook(after_head)
         label_loss(model, batch)
         handle.remove()
-    inside = largest_block(model, batch) if model.gradient_checkpointing else 0
+    inside = 0
+    if model.gradient_checkpointing:        # cosines and sines the blocks hold themselves, which no hook sees
+        inside = largest_part(model, batch) + 2 * batch.input_ids.numel() * model.config.head_dim * model.dtype.itemsize
     return seen["activations"] + inside, seen["head"] + 2 * (sum(kept.values()) - seen["activations"])
 
 
-def largest_block(model: LlamaForCausalLM, batch: Batch) -> int:
-    """Bytes that the forward of one block keeps where it is not recomputed."""
-    sizes: list[int] = []
+def largest_part(model: LlamaForCausalLM, batch: Batch) -> int:
+    """Bytes that the forward of one block keeps where it is not recomputed; with checkpointing, of the larger of its halves."""
+    at: list[int] = []
     recompute, model.gradient_checkpointing = model.gradient_checkpointing, False
     with kept_for_backward(model) as kept:
+        def note(*_: object) -> None:
+            at.append(sum(kept.values()))
+
         handles = []
         for layer in model.model.layers:
-            handles.append(layer.register_forward_pre_hook(lambda *_: sizes.append(-sum(kept.values()))))
-            handles.append(layer.register_forward_hook(lambda *_: sizes.append(sizes.pop() + sum(kept.values()))))
+            assert isinstance(layer, LlamaDecoderLayer)
+            handles += [layer.register_forward_pre_hook(note), layer.post_attention_layernorm.register_forward_pre_hook(note),
+                        layer.register_forward_hook(note)]
         label_loss(model, batch)
     for handle in handles:
         handle.remove()
     model.gradient_checkpointing = recompute
-    return max(sizes)
+    halves = [(middle - start, end - middle) for start, middle, end in zip(at[::3], at[1::3], at[2::3], strict=True)]
+    return max(max(half) if recompute else sum(half) for half in halves)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def run(config: LlamaConfig, work: Workload, device: str = "cpu", folder: str | 
                   for name, moment in state.items() if name != "step")
     resident = moments if work.resident_bytes is None else min(moments, work.resident_bytes)
     parts = Memory(weights, absmax, adapters, gradients, resident, *kept_by_forward(model, batch), 0,
-                   moments - resident, largest_block(model, batch))
+                   moments - resident, largest_part(model, batch))
     scratch = max(0, backward - max(Peaks.of(parts, work.accumulate)))
     return Measured(parts._replace(scratch=scratch), backward, step, tuple(losses))
 

@@ -5,8 +5,8 @@
     adapters     r · (in + out) float32 for each linear
     gradients    float32, of what is trained: all weights, or the adapters alone
     optimizer    two moments of what is trained, float32 or 8 bits; over pages, no more than the budget is in memory
-    activations  what the forward keeps for the backward: `block_activations`; with checkpointing, each block's input and one
-                 block's inside
+    activations  what the forward keeps for the backward: `block_activations`; with checkpointing, the input of each half of a
+                 block, attention's result, and the inside of one half
     logits       of the label tokens alone: compute type, float32, and their log-softmax
     scratch      what is made and dropped: one weight unpacked, a block's gradients on their way through its MLP, and, where
                  all weights are trained, the gradient of a table or the root of its second moment
@@ -26,6 +26,7 @@ import torch
 
 from minilora.errors import ConfigError
 from minilora.layers.lora import ALL_LINEARS
+from minilora.layers.nf4_linear import FUSED_WEIGHTS
 from minilora.layers.qlora import is_target
 from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
 from minilora.optim.adamw import BLOCKSIZE_8BIT
@@ -35,6 +36,7 @@ from minilora.quant.nf4 import NESTED_BLOCKSIZE
 Kind = Literal["full", "lora", "qlora"]
 Moment = Literal["begin", "end", "step"]
 KINDS: tuple[Kind, ...] = ("full", "lora", "qlora")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -147,10 +149,9 @@ def predict(config: LlamaConfig, work: Workload) -> Memory:
         weights, absmax = everything * compute, 0
     moments = sum(moment_bytes(size, work.state_bits) for size in trained)
     resident = moments if work.resident_bytes is None else min(moments, work.resident_bytes)
-    tokens = work.batch * work.seq
     return Memory(weights, absmax, 4 * sum(adapter_sizes), 4 * sum(trained), resident, activations(config, work),
                   logits_bytes(config, work), scratch_bytes(config, work), moments - resident,
-                  block_activations(config, work, tokens, tokens))
+                  largest_part(config, work))
 
 
 def moment_bytes(size: int, state_bits: int) -> int:
@@ -168,62 +169,84 @@ def parameter_sizes(config: LlamaConfig) -> list[int]:
     return tables + block * config.num_hidden_layers + [hidden]
 
 
-def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: int) -> int:
+class Kept(NamedTuple):
+    """Bytes that a block keeps for its backward: by its attention half, by its MLP half, and of attention's result."""
+
+    attention: int
+    mlp: int
+    attended: int
+
+
+def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: int) -> Kept:
     """Bytes that a block keeps for its backward, of `tokens` tokens; queries and MLP at `asked` of them (`label_loss`).
 
-    One line a kept tensor, in the order of the forward; (…) its width.
+    One line a kept tensor, in the order of the forward; (…) its width.  What goes into a half, a norm keeps.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    compute = work.compute.itemsize
-    attention = compute if work.on_gpu else 4           # on a CPU attention is computed in float32
-    full = work.kind == "full"
+    compute, full = work.compute.itemsize, work.kind == "full"
+    wide = compute if work.on_gpu else 4                # on a CPU attention is computed in float32
+    narrow = compute if asked == tokens else wide       # and keeps q, k, v as they came, where every position asks
 
     def adapted(*names: str) -> int:
         return sum(is_target(name, work.target_modules) for name in names) if not full else 0
 
     def norm(rows: int) -> int:
-        """Its input in float32 and 1/√(mean square); in full tuning the normed values too (hidden)."""
-        return rows * (4 * hidden + 4 + (compute * hidden if full else 0))
+        """Its input and 1/√(mean square); in full tuning the normed values too (hidden)."""
+        return rows * (compute * hidden + 4 + (compute * hidden if full else 0))
+
+    def copies(*names: str) -> int:
+        """A and B in the compute type, where the base doesn't add in place."""
+        sizes = [config.linear_shapes()[name] for name in names if adapted(name)]
+        return sum(rank * (rows + columns) for rows, columns in sizes
+                   if compute < 4 and not (work.kind == "qlora" and rows * columns >= FUSED_WEIGHTS))
 
     rank = compute * work.r
     kept = norm(tokens)
     if full or adapted("q_proj", "k_proj", "v_proj"):
         kept += tokens * compute * hidden                                  # what q, k and v read
     kept += rank * (asked * adapted("q_proj") + tokens * adapted("k_proj", "v_proj"))
-    kept += attention * (asked * query + 2 * tokens * key)                 # q, k, v
-    kept += asked * (attention * query + 4 * config.num_attention_heads)   # what attention gives, and log Σ exp of a row
-    if attention != compute and (full or adapted("o_proj")):
+    kept += narrow * (asked * query + 2 * tokens * key)                    # q, k, v
+    attended = asked * (wide * query + 4 * config.num_attention_heads)     # what attention gives, and log Σ exp of a row
+    kept += attended
+    if wide != compute and (full or adapted("o_proj")):
         kept += asked * compute * query                                    # the same rounded, which o reads
-    kept += rank * asked * adapted("o_proj")
-    kept += norm(asked)
+    kept += rank * asked * adapted("o_proj") + copies(*ATTENTION)
+    mlp = norm(asked)
     if full or adapted("gate_proj", "up_proj"):
-        kept += asked * compute * hidden                                   # what gate and up read
-    kept += asked * compute * 3 * inner                                    # gate, silu(gate), up
+        mlp += asked * compute * hidden                                    # what gate and up read
+    mlp += asked * compute * 2 * inner                                     # gate, up
     if full or adapted("down_proj"):
-        kept += asked * compute * inner                                    # silu(gate) · up, which down reads
-    kept += rank * asked * adapted(*MLP)
-    if not full and compute < 4:                                           # A and B in the compute type
-        kept += rank * sum(rows + columns for name, (rows, columns) in config.linear_shapes().items() if adapted(name))
-    return kept
+        mlp += asked * compute * inner                                     # silu(gate) · up, which down reads
+    mlp += rank * asked * adapted(*MLP) + copies(*MLP)
+    return Kept(kept, mlp, attended)
 
 
 def activations(config: LlamaConfig, work: Workload) -> int:
-    """Bytes that the forward keeps for the backward, but for the logits."""
+    """Bytes that the forward keeps for the backward, but for the logits; with checkpointing and the largest half of a block."""
     tokens, layers = work.batch * work.seq, config.num_hidden_layers
     asked, compute, hidden = work.asked, work.compute.itemsize, config.hidden_size
-    kept = tokens * 2 * compute * config.head_dim + asked * (4 * hidden + 4)        # rotation; the last norm
+    kept = tokens * 2 * compute * config.head_dim + asked * (compute * hidden + 4)      # rotation; the last norm
     if work.kind == "full":
-        kept += asked * compute * 2 * hidden                                        # normed, and what the head reads
+        kept += asked * compute * 2 * hidden                                            # normed, and what the head reads
     block, last = block_activations(config, work, tokens, tokens), block_activations(config, work, tokens, asked)
-    # Where the last block asks at some positions alone: those rows of its input, a mask in float32, and the input, which in
-    # float32 a norm keeps anyway.
-    last += asked * (compute * hidden + 4 * work.seq) + (tokens * compute * hidden if compute < 4 else 0)
+    # Where the last block asks at some positions alone: those rows of its input, a mask, and their cosines and sines.
+    some = asked * (4 * work.seq + 2 * compute * config.head_dim)
     if work.gradient_checkpointing:
-        return kept + layers * tokens * compute * hidden + max(last, block if layers > 1 else 0)
+        remembered = 0 if work.on_gpu or compute == 4 else block.attended
+        inputs = layers * tokens + (layers - 1) * tokens + asked                        # of both halves
+        return kept + compute * hidden * inputs + (layers - 1) * remembered + largest_part(config, work)
     # Below the first adapters nothing is trained, so the first norm needs no gradient.
-    first_norm = 0 if work.kind == "full" else tokens * (4 * hidden + 4)
-    return kept + (layers - 1) * block + last - first_norm
+    first_norm = 0 if work.kind == "full" else tokens * (compute * hidden + 4)
+    return kept + (layers - 1) * (block.attention + block.mlp) + last.attention + last.mlp + some - first_norm
+
+
+def largest_part(config: LlamaConfig, work: Workload) -> int:
+    """Bytes of what a backward goes through at once: a block, or, with checkpointing, half of one."""
+    tokens = work.batch * work.seq
+    blocks = [block_activations(config, work, tokens, asked)
+              for asked in ([tokens] if config.num_hidden_layers > 1 else []) + [work.asked]]
+    return max(max(block[:2]) if work.gradient_checkpointing else sum(block[:2]) for block in blocks)
 
 
 def logits_bytes(config: LlamaConfig, work: Workload) -> int:

@@ -37,6 +37,15 @@ def test_activations_are_what_autograd_keeps(kind: Any, options: dict[str, Any],
     assert logits_bytes(config, work) == pytest.approx(logits, rel=0.025)       # beside them lie the labels' numbers
 
 
+@pytest.mark.parametrize("kind", ["qlora", "lora"])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_activations_of_layers_large_enough_to_add_in_place(kind: Any, options: dict[str, Any]) -> None:
+    work = Workload(kind, batch=2, seq=48, label_tokens=5, **options)
+    config = LlamaConfig.from_dict({**SMALL, "hidden_size": 768, "intermediate_size": 1024})
+    kept, _ = kept_by_forward(make_model(config, work), random_batch(config, work))
+    assert activations(config, work) == pytest.approx(kept, rel=0.025)
+
+
 @pytest.mark.parametrize("kind", ["qlora", "lora", "full"])
 @pytest.mark.parametrize("options", [{}, {"double_quant": False, "blocksize": 128}, {"r": 5, "target_modules": ("v_proj",)}],
                          ids=str)

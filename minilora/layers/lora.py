@@ -11,11 +11,13 @@ DoRA (arXiv 2402.09353, section 4) trains a length for each output row beside th
     y = m · x (W + scaling·BA)ᵀ / ‖W + scaling·BA‖ + b      the norm is per row and carries no gradient (its section 4.3)
 
 The layer asks nothing of the base but to be callable and, for DoRA and merging, to tell its weight: a ``weight``
-parameter, or ``dense_weight()`` where the weight is stored some other way.
+parameter, or ``dense_weight()`` where the weight is stored some other way.  A base that can (``adds_in_place``) is given the
+update, to add its product to (``add_to``).
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
+from minilora.layers.low_rank import LowRankUpdate, plain_update
 
 # A row of zeros (pruned, or lost in quantization) has length 0, and m / 0 would be NaN for the whole model, as in PEFT.
 SMALLEST_NORM = torch.finfo(torch.float32).tiny
@@ -77,6 +80,12 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return weight
 
 
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")     # draws no first weights
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
 class LoRALinear(nn.Module):
     """A linear layer with a low-rank update that is trained while the layer is frozen.
 
@@ -103,8 +112,8 @@ class LoRALinear(nn.Module):
         self.scaling = config.scaling
         self.active = True      # False: compute the base alone (`qlora.base_only`)
         device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), torch.device("cpu"))
-        self.lora_A = nn.utils.skip_init(nn.Linear, self.in_features, self.r, bias=False, dtype=torch.float32, device=device)
-        self.lora_B = nn.utils.skip_init(nn.Linear, self.r, self.out_features, bias=False, dtype=torch.float32, device=device)
+        self.lora_A = _linear(torch.empty(self.r, self.in_features, device=device))
+        self.lora_B = _linear(torch.empty(self.out_features, self.r, device=device))
         self.lora_magnitude_vector = nn.Parameter(self._row_norms(0)) if use_dora else None
         self.reset_parameters(generator)
 
@@ -145,13 +154,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype; A and B are rounded to it for the products."""
+        add_to = self._add_to()
+        if add_to is not None:
+            through, update = LowRankUpdate.apply(x, self.lora_A.weight, self.lora_B.weight, self.scaling)
+            return add_to(update, x if through is None else through)
         y = self.base_layer(x)
         if not self.active:
             return y
         dropped = F.dropout(x, self.dropout, self.training)
-        # Scaled while it is narrow: (..., r) is read and written in a moment, (..., out) in forward and backward is not.
-        low_rank = F.linear(dropped, self.lora_A.weight.to(x.dtype)) * self.scaling        # (..., r)
-        update = F.linear(low_rank, self.lora_B.weight.to(x.dtype))                        # (..., out)
+        update = plain_update(dropped, self.lora_A.weight, self.lora_B.weight, self.scaling)        # (..., out)
         if self.lora_magnitude_vector is None:
             return update.add_(y)
         bias = getattr(self.base_layer, "bias", None)
@@ -162,6 +173,15 @@ class LoRALinear(nn.Module):
             norms = self._row_norms()
         rescale = (self.lora_magnitude_vector / norms.clamp(min=SMALLEST_NORM)).to(x.dtype)                         # (out,)
         return y + (rescale - 1) * base + rescale * update
+
+    def _add_to(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The base's ``add_to``, if it has one and nothing comes between base and update."""
+        between = not self.active or self.lora_magnitude_vector is not None or (self.training and self.dropout)
+        # Under autocast the types are torch's to choose.
+        if between or torch.is_autocast_enabled("cpu") or not getattr(self.base_layer, "adds_in_place", False):
+            return None
+        add_to: Callable[[Tensor, Tensor], Tensor] = self.base_layer.add_to     # type: ignore[assignment]
+        return add_to
 
     def _row_norms(self, update_scale: float = 1.0) -> Tensor:
         """‖W + scaling·BA‖ per output row, (out,) float32; 0 leaves the update out."""

@@ -64,6 +64,32 @@ class NF4Product(torch.autograd.Function):
         return grad_x, None, grad_bias, None
 
 
+class AddedNF4Product(torch.autograd.Function):
+    """``y += x Ŵᵀ + b`` in place; nothing is kept for backward, where ∂L/∂y goes on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
+        """y: (..., out), x: (..., in), weight: (out, in), bias: (out,) or None -> y."""
+        ctx.weight = weight
+        ctx.mark_dirty(y)
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        few = weight.fused_product(flat_x, None) if len(flat_x) else None
+        if few is None:
+            flat_y.addmm_(flat_x, _rebuilt(weight, x.dtype).T)
+        else:
+            flat_y.add_(few)
+        if bias is not None:
+            y.add_(bias.to(y.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+        """∂L/∂y: (..., out) -> ∂L/∂x: (..., in), and ∂L/∂b: (out,) where a bias is trained."""
+        grad_y, = grads
+        grad_x = NF4Product.apply(grad_y, ctx.weight, None, True) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_x, None, grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+
+
 class NF4Linear(nn.Module):
     """A linear layer over an `NF4Tensor`.
 
@@ -133,6 +159,15 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype, which is the compute type."""
         return NF4Product.apply(x, self.quantized, self.bias, False)
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether `add_to` pays."""
+        return self.in_features * self.out_features >= FUSED_WEIGHTS
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y += x Ŵᵀ + b``: (..., out) and (..., in) -> y, in the type of both."""
+        return AddedNF4Product.apply(y, x, self.quantized, self.bias)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -26,6 +26,7 @@ from minilora.files import write_json
 from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import replace_module
+from minilora.llama.blank import blank_model
 from minilora.llama.bnb_format import (
     check_quantization_config,
     plain_config,
@@ -146,8 +147,7 @@ def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4",
         raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json, weights and a tokenizer")
     config = LlamaConfig.from_json(folder / "config.json")
     check_quantization_config(read_object(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = blank_model(config)
     weights = WeightFiles(folder)
     steps = _plan(model, weights, pad_vocab, folder)
     # Linears that a 4-bit folder keeps dense were left out on purpose (llm_int8_skip_modules).

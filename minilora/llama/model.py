@@ -13,15 +13,15 @@ Source: Llama (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
+from minilora.llama.frugal import attention, rms_norm, rotate, swiglu
 from minilora.llama.masks import attention_masks
-from minilora.llama.rotary import inverse_frequencies, rotate, rotation
+from minilora.llama.recompute import recompute
+from minilora.llama.rotary import inverse_frequencies, rotation
 
 
 class RMSNorm(nn.Module):
@@ -34,9 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -75,21 +73,8 @@ class LlamaAttention(nn.Module):
         q = rotate(q, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
-        attended = _attend(q, k, v, mask)
+        attended = attention(q, k, v, mask)
         return self.o_proj(attended.transpose(1, 2).reshape(*asking.shape[:2], -1).to(x.dtype))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own."""
-    causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
-    # Trap: on the CPU the backward of attention is four times slower in bfloat16 than in float32 (torch 2.13), also where it
-    # is autocast that asks for bfloat16.
-    if q.requires_grad and q.device.type == "cpu":
-        wide = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask, is_causal=causal,
-                                                  enable_gqa=shared)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 
 
 class LlamaMLP(nn.Module):
@@ -104,7 +89,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -118,10 +103,17 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None,
-                at: Tensor | None = None) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden), or (B, L, hidden) at the positions `at`."""
-        x = (x if at is None else take(x, at)) + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, at)
-        return x + self.mlp(self.post_attention_layernorm(x))
+                at: Tensor | None = None, checkpointing: bool = False) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden), or (B, L, hidden) at the positions `at`; `checkpointing` recomputes each half."""
+        def attention_half(x: Tensor) -> Tensor:
+            return (x if at is None else take(x, at)) + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, at)
+
+        def mlp_half(x: Tensor) -> Tensor:
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+        if checkpointing:
+            return recompute(mlp_half, recompute(attention_half, x))
+        return mlp_half(attention_half(x))
 
 
 class LlamaModel(nn.Module):
@@ -208,14 +200,10 @@ class LlamaForCausalLM(nn.Module):
         masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
         x = self.model.embed_tokens(input_ids)                                             # (B, T, hidden)
         cos, sin = rotation(position_ids, inverse_frequencies(self.config, x.device), x.dtype)
-        recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
+        checkpointing = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for index, (layer, mask) in enumerate(zip(self.model.layers, masks, strict=True)):
             wanted = at if index == len(masks) - 1 else None
-            # Trap: reentrant checkpointing trains nothing when its inputs are frozen (LoRA over frozen embeddings).
-            if recompute:
-                x = checkpoint(layer, x, cos, sin, mask, None, wanted, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, cache, wanted)
+            x = layer(x, cos, sin, mask, cache, wanted, checkpointing)
         if cache is not None:
             cache.advance(length)
         return self.model.norm(x)

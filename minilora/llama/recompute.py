@@ -1,45 +1,117 @@
-"""Gradient checkpointing by hand: keep what went into a block, and compute the block again when its gradient is asked for.
+"""Gradient checkpointing: keep what went into a block, and compute the block again when its gradient is asked for.
 
-    forward     y = block(x), without a graph; x and the state of the random generators are kept
-    backward    the generators are put back, y is computed again with a graph, ∂L/∂y is sent through it, the graph is dropped
+    forward     y = block(x); of each tensor that autograd would keep, its number is kept instead
+    backward    at the first number that is asked for, y is computed again with the generators as they were then, and what is
+                to be kept is kept under its number until the backward has used it
 
 Of L blocks, the activations of one are alive at a time, beside L inputs, for a second forward: a third more work (arXiv
-1604.06174 keeps every √L-th; here each block keeps its own input).  The model uses ``torch.utils.checkpoint`` in its
-non-reentrant form, which gives the same gradients (tests/llama/test_recompute.py) and stops a recomputation early; this is the
-idea, to be read.
+1604.06174 keeps every √L-th; here each block keeps its own input).  Not all of it is made twice.  The second forward ends where
+the last tensor to be kept is there: what follows it, such as a block's last base product, is not computed again.  And what is
+dear to make but small is `remembered`: of attention its result (arXiv 2205.05198, section 5, "selective" recomputation).
+
+``torch.utils.checkpoint(use_reentrant=False)`` does the same, and gives the same gradients (tests/llama/test_recompute.py).  It
+asks torch's compiler about its state, and so imports it: more than a second, and 130 MB that stay (torch 2.13).
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_local = threading.local()
 
 
-class _Recomputed(torch.autograd.Function):
+class _Enough(Exception):
+    """All that is to be kept is there."""
+
+
+class _Held(torch.autograd.Function):
+    """Keeps tensors as autograd does, so that whoever counts or moves what is kept meets them."""
+
     @staticmethod
-    def forward(ctx: Any, block: Callable[[Tensor], Tensor], always: Tensor, x: Tensor) -> Tensor:
-        ctx.block = block
-        ctx.cpu_random = torch.get_rng_state()
-        ctx.cuda_random = torch.cuda.get_rng_state(x.device) if x.is_cuda else None
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return block(x)
+    def forward(ctx: Any, always: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return always.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor | None]:
-        grad_y, = grads
-        x, = ctx.saved_tensors
-        again = x.detach().requires_grad_(x.requires_grad)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise AssertionError("nothing is computed from it")
+
+
+def _hold(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    node = _Held.apply(torch.empty(0, requires_grad=True), *(tensor.detach() for tensor in tensors)).grad_fn
+    return lambda: node.saved_tensors
+
+
+class _Recomputed:
+    """One call of a block: what is needed to make it again, and, while its backward runs, what it made."""
+
+    def __init__(self, block: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.block, self.needs_grad = block, x.requires_grad
+        self.input = _hold(x)
+        self.fresh: list[tuple[Tensor, ...]] = []
+        self.remembered: list[Callable[[], tuple[Tensor, ...]]] = []
+        self.recalled: Iterator[Callable[[], tuple[Tensor, ...]]] | None = None     # while the block is computed again
+        self.device = x.device
+        self.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        self.cpu_random = torch.get_rng_state()
+        self.cuda_random = torch.cuda.get_rng_state(x.device) if x.is_cuda else None
+        self.numbers = 0
+        self.made: dict[int, Tensor] = {}
+
+    def number(self, _: Tensor) -> int:
+        self.numbers += 1
+        return self.numbers - 1
+
+    def tensor(self, number: int) -> Tensor:
+        if number not in self.made:
+            self.make_again()
+        return self.made.pop(number)
+
+    def make_again(self) -> None:
+        x, = self.input()
+        self.made.clear()
+        count = 0
+
+        def keep(tensor: Tensor) -> None:
+            nonlocal count
+            self.made[count] = tensor.detach()
+            count += 1
+            if count == self.numbers:
+                raise _Enough
+
+        enabled, dtype = self.autocast
         # Dropout must zero what it zeroed before; afterwards the generators go on from where they are now.
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
-            torch.set_rng_state(ctx.cpu_random)
-            if ctx.cuda_random is not None:
-                torch.cuda.set_rng_state(ctx.cuda_random, x.device)
-            y = ctx.block(again)
-        torch.autograd.backward(y, grad_y)          # the block's parameters collect theirs on the way
-        return None, None, again.grad
+        with torch.random.fork_rng(devices=[self.device] if self.cuda_random is not None else []):
+            torch.set_rng_state(self.cpu_random)
+            if self.cuda_random is not None:
+                torch.cuda.set_rng_state(self.cuda_random, self.device)
+            with (torch.enable_grad(), torch.autocast(self.device.type, dtype, enabled), saved_tensors_hooks(keep, _never)):
+                self.recalled = iter(self.remembered)
+                try:
+                    with _calling(self):
+                        self.block(x.detach().requires_grad_(self.needs_grad))
+                except _Enough:
+                    return
+        raise AssertionError(f"a block that keeps {self.numbers} tensors kept {count} the second time: it isn't the same twice")
+
+
+@contextmanager
+def _calling(call: _Recomputed) -> Iterator[None]:
+    outer, _local.call = getattr(_local, "call", None), call
+    try:
+        yield
+    finally:
+        _local.call = outer
+
+
+def _never(_: None) -> Tensor:
+    raise AssertionError("a block that is recomputed takes no gradients inside")
 
 
 def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -48,6 +120,23 @@ def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Args: block: from one tensor to one; what else it needs it holds. x: any shape.
     Guarantee: the gradients of ``torch.utils.checkpoint``, to the bit, dropout included (tests/llama/test_recompute.py).
     """
-    # Trap: autograd skips a function none of whose inputs needs a gradient, and the first block's doesn't where embeddings are
-    # frozen: its adapters would train nothing.  So one input always does.
-    return _Recomputed.apply(block, torch.empty(0, requires_grad=True), x)
+    call = _Recomputed(block, x)
+    with _calling(call), saved_tensors_hooks(call.number, call.tensor):
+        y = block(x)
+    call.remembered = [_hold(*made) for made in call.fresh]     # outside: beside what the block keeps, not one of its numbers
+    call.fresh.clear()
+    return y
+
+
+def remembered(make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """``make()``; within `recompute` its result is kept, and made once.
+
+    Args: make: a computation without a graph, the same both times.
+    """
+    call: _Recomputed | None = getattr(_local, "call", None)
+    if call is None:
+        return make()
+    if call.recalled is not None:
+        return tuple(tensor.detach() for tensor in next(call.recalled)())      # what gets a graph here is not what is held
+    call.fresh.append(make())
+    return call.fresh[-1]

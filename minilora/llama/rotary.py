@@ -39,9 +39,3 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
     angles = positions[:, None, :, None].float() * frequencies                     # (B, 1, T, d/2)
     angles = torch.cat((angles, angles), dim=-1)                                   # (B, 1, T, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + d/2) of x: (B, H, T, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

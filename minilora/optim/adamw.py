@@ -15,6 +15,7 @@ dynamic map, signed for m and unsigned for v, whose levels are dense near zero, 
 """
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, overload
@@ -102,6 +103,11 @@ class AdamW(torch.optim.Optimizer):
             raise ConfigError(f"AdamW needs lr, eps, weight_decay >= 0 and betas in [0, 1), not lr={lr}, eps={eps}, "
                               f"weight_decay={weight_decay}, betas={betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    # Trap: torch shields these from its compiler, and imports it for that: a second, and 130 MB that stay.
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 NF4_OFFSET = 0.9677083      # the paper's printed digits of 1 - (1/30 + 1/32) / 2
@@ -42,6 +41,8 @@ def derive_nf4(offset: float = NF4_OFFSET) -> np.ndarray:
     Guarantee: within 1.2e-7 of `NF4_CODE` (tests/quant/test_codebooks.py).
     Source: QLoRA appendix E; `create_normal_map` in bitsandbytes.
     """
+    from scipy.stats import norm  # here, since it takes half a second and 75 MB, and only a proof asks for it
+
     positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])       # 8 levels, the largest first
     negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])      # 7 levels
     levels = np.sort(np.concatenate([positive, [0.0], negative]))

@@ -14,9 +14,10 @@ import minilora.llama
 from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
+from minilora.llama.frugal import rotate
 from minilora.llama.masks import attention_masks
 from minilora.llama.model import LlamaForCausalLM, RMSNorm, take
-from minilora.llama.rotary import inverse_frequencies, rotate, rotation
+from minilora.llama.rotary import inverse_frequencies, rotation
 
 TINY: dict[str, Any] = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
                         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -1,6 +1,9 @@
 """Gradient checkpointing by hand against torch's, and against none at all."""
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora import LoRAConfig, add_lora, load_model
 from minilora.layers.qlora import lora_layers
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.recompute import recompute
+from minilora.llama.recompute import recompute, remembered
 from minilora.llama.rotary import inverse_frequencies, rotation
 from tests.models import write_model
 
@@ -71,11 +74,117 @@ def test_no_inner_activation_outlives_the_forward() -> None:
 
         @staticmethod
         def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-            return grad
+            return grad * ctx.saved_tensors[0]
 
     x = torch.ones(3, requires_grad=True)
-    y = recompute(lambda x: Watched.apply(x) * 2, x)
-    assert y.grad_fn is not None and "Recomputed" in type(y.grad_fn).__name__
-    assert all(node is None or "AccumulateGrad" in type(node).__name__ for node, _ in y.grad_fn.next_functions[1:])
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = recompute(lambda x: Watched.apply(x) * 2, x)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()], "its input, and nothing else"
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.full((3,), 2.0)) and len(alive) == 2, "computed twice"
+
+
+class Doubled(torch.autograd.Function):
+    """2 x, of which `remembered` holds a result that is also saved."""
+
+    made = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:              # type: ignore[no-untyped-def]
+        def make() -> tuple[Tensor]:
+            Doubled.made += 1
+            return (2 * x,)
+
+        y, = remembered(make)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:          # type: ignore[no-untyped-def]
+        x, y = ctx.saved_tensors
+        assert torch.equal(y, 2 * x)
+        return 2 * grad
+
+
+def test_what_is_remembered_is_made_once_and_freed_with_the_graph() -> None:
+    Doubled.made = 0
+    x = torch.arange(3.0, requires_grad=True)
+    y = recompute(lambda x: Doubled.apply(x.exp()).square(), x)
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(thing) for thing in gc.get_objects()}
+        y = recompute(lambda x: Doubled.apply(x.exp()).square(), x)
+        y.sum().backward()
+        del y
+        left = [thing for thing in gc.get_objects() if id(thing) not in before and type(thing).__name__ == "_Recomputed"]
+    finally:
+        gc.enable()
+    assert Doubled.made == 2 and left == [], "made once in each forward; no cycle keeps it"
+    torch.testing.assert_close(x.grad, 8 * x.detach().exp().square())
+
+
+def test_the_second_forward_ends_where_all_is_there() -> None:
+    ran: list[str] = []
+
+    def block(x: Tensor) -> Tensor:
+        y = x.exp()                     # keeps its result
+        ran.append("after the last tensor that is kept")
+        return y + 1
+
+    x = torch.ones(3, requires_grad=True)
+    recompute(block, x).sum().backward()
+    assert len(ran) == 1 and x.grad is not None and torch.equal(x.grad, torch.ones(3).exp())
+
+
+def test_a_graph_that_is_kept_and_second_derivatives_are_served() -> None:
+    x = torch.arange(3.0, requires_grad=True)
+    y = recompute(lambda x: x.exp() * x, x).sum()
+    first, = torch.autograd.grad(y, x, retain_graph=True)
+    again, = torch.autograd.grad(y, x, create_graph=True)
+    second, = torch.autograd.grad(again.sum(), x)
+    e = x.detach().exp()
+    torch.testing.assert_close(first, e * (x.detach() + 1))
+    torch.testing.assert_close(again.detach(), first)
+    torch.testing.assert_close(second, e * (x.detach() + 2))
+
+
+def test_a_block_that_differs_the_second_time_is_caught() -> None:
+    calls: list[int] = []
+
+    def block(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.exp().exp() if len(calls) == 1 else x.exp()
+
+    with pytest.raises(AssertionError, match="isn't the same twice"):
+        recompute(block, torch.ones(3, requires_grad=True)).sum().backward()
+
+
+def test_autocast_is_the_same_both_times() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(4, 8, requires_grad=True, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for through in (recompute, lambda block, x: block(x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = through(lambda x: (x @ weight).exp(), x)
+        grads.append(torch.autograd.grad(y.float().sum(), weight)[0])
+    assert torch.equal(*grads)
+
+
+def test_a_step_does_not_import_torchs_compiler(base: Path) -> None:
+    code = f"""
+import sys, torch
+from minilora import LoRAConfig, add_lora, load_model
+from minilora.optim.adamw import AdamW
+model = load_model({str(base)!r})
+add_lora(model, LoRAConfig(r=2))
+model.gradient_checkpointing = True
+optimizer = AdamW([p for p in model.train().parameters() if p.requires_grad])
+model(torch.tensor([[5, 6, 7]])).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+print([name for name in ("torch._dynamo", "sympy", "scipy", "triton") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

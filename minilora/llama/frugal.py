@@ -1,0 +1,139 @@
+"""A block's parts besides its linears, each with a backward that keeps less than autograd would.
+
+Autograd keeps whatever a formula's derivative mentions, in the type it was computed in: of a norm its input in float32, of
+attention three float32 copies, of silu(gate) · up three tensors where two would do.  These functions keep their inputs as
+they came and work out the rest again: bytes saved at the price of a few cheap passes.  Values and gradients are those of
+autograd's own formulas, to the bit (tests/llama/test_frugal.py).
+
+    norm        x in 16 bits and 1/rms                              instead of x in 32
+    SwiGLU      gate and up                                         silu(gate) is worked out again
+    rotation    cosines and sines, which all layers share           its backward is the rotation back
+    attention   q, k, v in 16 bits, what it gives, log Σ exp        instead of q, k, v in 32
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.llama.recompute import remembered
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + ε) in float32, rounded, · weight: (..., size) -> (..., size)."""
+    x32 = _wide(x)
+    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = _wide(x)
+        inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)                   # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
+        return weight * (x32 * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        """∂L/∂x = g/rms − x · mean(g · x)/rms³, g = ∂L/∂y · weight."""
+        x, weight, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *torch.autograd.grad(plain_rms_norm(x, weight, ctx.eps), x, grads, create_graph=True), None, None
+        g, x32 = _wide(grads[0] * weight), _wide(x)
+        # −½ · inverse³ · Σ g x / size, times d(x²)/dx = 2 x: halving and doubling round nothing.
+        share = -(g * x32).sum(-1, keepdim=True) * inverse.pow(3) / x.shape[-1]            # (..., 1)
+        return (g.mul_(inverse)).add_(share * x32).to(x.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`plain_rms_norm`, of which a 16-bit x is kept as it is, where the weight is frozen."""
+    if weight.requires_grad or not x.requires_grad:
+        return plain_rms_norm(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.autograd.grad(F.silu(gate) * up, (gate, up), grads, create_graph=True)
+        grad_y, = grads
+        return torch.ops.aten.silu_backward(grad_y * up, gate), F.silu(gate).mul_(grad_y)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, both (..., inner)."""
+    return _SwiGLU.apply(gate, up) if gate.requires_grad and up.requires_grad else F.silu(gate) * up
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        rotated = x * cos
+        rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
+        rotated[..., half:].add_(x[..., :half] * sin[..., half:])
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The inverse of a rotation is the one back."""
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(grads[0], cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + d/2) of x, (B, H, T, d), by angles whose cosines and sines, (B, 1, T, d), are the same in both
+    halves."""
+    return _Rotation.apply(x, cos, sin)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, log_sum = remembered(lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.float(), k.float(), v.float(), 0.0, True))
+        ctx.save_for_backward(q, k, v, y, log_sum)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, y, log_sum = ctx.saved_tensors
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grads[0], q.float(), k.float(), v.float(), y, log_sum, 0.0, True)
+        return tuple(grad.to(q.dtype) for grad in found)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own.
+
+    Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S) or None.
+    Returns: (B, H, T, d); in float32 on a CPU where gradients are wanted.
+    """
+    causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    # Trap: on the CPU the backward of attention is four times slower in bfloat16 than in float32 (torch 2.13), also where it
+    # is autocast that asks for bfloat16.
+    if q.requires_grad and q.device.type == "cpu":
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            if causal and q.dtype != wide and q.dtype == k.dtype == v.dtype:
+                return _CausalAttention.apply(q, k, v)
+            return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask, is_causal=causal,
+                                                  enable_gqa=shared)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
