@@ -158,6 +158,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype, which is the compute type."""
+        if not torch.is_grad_enabled():         # a function of autograd costs as long as a small product
+            return _product(x, self.quantized, self.bias)
         return NF4Product.apply(x, self.quantized, self.bias, False)
 
     @property
