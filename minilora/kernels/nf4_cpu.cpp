@@ -88,7 +88,14 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
         for (int r = 0; r < rows && first + r < p.rows; ++r) {
             int64_t start = split ? s / 2 * 2 * COUNT + s % 2 : s * COUNT, by = split ? 2 : 1;
             const From* from = (const From*)p.x + (first + r) * p.in + start;
-            for (int64_t k = 0; k < COUNT && start + k * by < p.in; ++k) copy(to + (s * rows + r) * COUNT + k, from + k * by);
+            typename E::type* piece = to + (s * rows + r) * COUNT;
+            const int64_t count = smaller(COUNT, ceil_div(p.in - start, by));
+            if (split)
+                for (int64_t k = 0; k < count; ++k) copy(piece + k, from + 2 * k);
+            else if (sizeof(From) == sizeof *piece)
+                memcpy(piece, from, smaller(COUNT, p.in - start) * sizeof(From));
+            else
+                for (int64_t k = 0; k < count; ++k) copy(piece + k, from + k);
         }
 }
 
@@ -105,14 +112,14 @@ template <int KIND> void store_sums(const Product& p, const float* sums, int64_t
 // Few rows: a weight meets all of them straight from the register it was looked up in.  W_ROWS rows of W share each load of x.
 template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int64_t row, const typename E::type* x,
                                                            float* absmax, float* sums) {
-    const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2;
+    const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2, ahead = W_ROWS * p.in / 2;
     int64_t w_rows = smaller(W_ROWS, p.out - row);
     const Table code = load_table(p.w.code);
     Floats sum[W_ROWS][ROWS] = {};
     decode_absmax(p.w, row * blocks, w_rows * blocks, absmax);
     const uint8_t* packed[W_ROWS];
     const float* constants[W_ROWS];
-    for (int n = 0; n < W_ROWS; ++n) {              // past the matrix's last row the last one is computed again, and dropped
+    UNROLL for (int n = 0; n < W_ROWS; ++n) {       // past the matrix's last row the last one is computed again, and dropped
         int64_t real = smaller(n, w_rows - 1);
         packed[n] = p.w.packed + (row + real) * p.in / 2;
         constants[n] = absmax + real * blocks;
@@ -125,7 +132,7 @@ template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int
             UNROLL for (int n = 0; n < W_ROWS; ++n) {
                 Words even, odd;
                 E::weights(table[n], packed[n] + at, even, odd);
-                __builtin_prefetch(packed[n] + at + W_ROWS * p.in / 2);         // the next W_ROWS rows, in time for them
+                __builtin_prefetch(packed[n] + at + ahead);                     // the next W_ROWS rows, in time for them
                 UNROLL for (int r = 0; r < ROWS; ++r) {
                     sum[n][r] = E::step(sum[n][r], even, load<Words>(pieces + r * E::COUNT));
                     sum[n][r] = E::step(sum[n][r], odd, load<Words>(pieces + (ROWS + r) * E::COUNT));

@@ -196,14 +196,14 @@ INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
 #endif
 }
 
-// The sum of all lanes, always in the same order.
-INLINE float total(Floats v) {
-    float lanes[LANES];
-    store(lanes, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
+// The sum of all lanes, always in the same order: halves are added while there are more than four.
+typedef float Sixteen __attribute__((vector_size(64)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+template <class Half, class V> INLINE Half add_halves(V v) { Half half[2]; memcpy(half, &v, sizeof v); return half[0] + half[1]; }
+INLINE float total(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+INLINE float total(Eight v) { return total(add_halves<Four>(v)); }
+INLINE float total(Sixteen v) { return total(add_halves<Eight>(v)); }
 
 // ------------------------------------------------------------------------------------------------------------- 16-bit floats
 
