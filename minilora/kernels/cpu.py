@@ -1,4 +1,4 @@
-"""The vector code of `nf4_cpu.cpp`, called with tensors.
+"""The vector code of `nf4_cpu.cpp` and its headers, called with tensors.
 
 `kernel()` is the compiled library, or None where there is none: then the caller takes `reference`, which gives the same bits.
 Without a compiler that is so, and said once; ``MINILORA_KERNELS=reference`` asks for it.

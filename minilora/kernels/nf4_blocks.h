@@ -105,8 +105,8 @@ template <int KIND> INLINE Words unpack_register(const Table& table, const uint8
 }
 
 // Weights first … last of one block to `out`; they may start and end within a byte, and end within a register.
-template <int KIND, class T> __attribute__((noinline)) void unpack_piece(const Table& table, const uint8_t* packed, int64_t first,
-                                                                          int64_t last, T* out) {
+template <int KIND, class T>
+__attribute__((noinline)) void unpack_piece(const Table& table, const uint8_t* packed, int64_t first, int64_t last, T* out) {
     const int64_t STEP = WIDTH / sizeof(T);
     if (first % 2) *out++ = (T)entry(table, packed[first++ / 2] & 15);
     for (; first + STEP <= last; first += STEP, out += STEP) store(out, unpack_register<KIND>(table, packed + first / 2));
