@@ -11,7 +11,7 @@
 //
 // so a byte serves as the index of its low nibble as it is, and shifted right by four as that of its high nibble: nothing is
 // masked.  The machine is the one the file is compiled for (build.py: -march=native).  On x86 tests/kernels run every form but
-// NEON, which gave the same bits under emulation (qemu-aarch64, by hand) and was never timed.
+// NEON, which was neither run nor timed in this form (its predecessor gave the same bits under qemu-aarch64).
 
 #include <cstdint>
 #include <cstdlib>
@@ -137,8 +137,10 @@ INLINE void lookup_bytes(const Table& table, const uint8_t* from, Words& even, W
     even = lookup(table, byte >> 4);
     odd = lookup(table, byte);
 #else
-    even = Words{entry(table, from[0] >> 4), entry(table, from[1] >> 4), entry(table, from[2] >> 4), entry(table, from[3] >> 4)};
-    odd = Words{entry(table, from[0] & 15), entry(table, from[1] & 15), entry(table, from[2] & 15), entry(table, from[3] & 15)};
+    even = Words{entry(table, from[0] >> 4), entry(table, from[1] >> 4), entry(table, from[2] >> 4),
+                 entry(table, from[3] >> 4)};
+    odd = Words{entry(table, from[0] & 15), entry(table, from[1] & 15), entry(table, from[2] & 15),
+                entry(table, from[3] & 15)};
 #endif
 }
 
@@ -162,7 +164,8 @@ INLINE Words lookup_in_order(const Table& table, const uint8_t* from) {
     memcpy(&bytes, from, sizeof bytes);
     return lookup(table, (Words{} + bytes) >> Words{4, 0, 12, 8});
 #else
-    return Words{entry(table, from[0] >> 4), entry(table, from[0] & 15), entry(table, from[1] >> 4), entry(table, from[1] & 15)};
+    return Words{entry(table, from[0] >> 4), entry(table, from[0] & 15), entry(table, from[1] >> 4),
+                 entry(table, from[1] & 15)};
 #endif
 }
 
@@ -200,7 +203,11 @@ INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
 typedef float Sixteen __attribute__((vector_size(64)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
-template <class Half, class V> INLINE Half add_halves(V v) { Half half[2]; memcpy(half, &v, sizeof v); return half[0] + half[1]; }
+template <class Half, class V> INLINE Half add_halves(V v) {
+    Half half[2];
+    memcpy(half, &v, sizeof v);
+    return half[0] + half[1];
+}
 INLINE float total(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 INLINE float total(Eight v) { return total(add_halves<Four>(v)); }
 INLINE float total(Sixteen v) { return total(add_halves<Eight>(v)); }

@@ -80,7 +80,7 @@ def test_a_change_in_an_included_file_is_another_file(source: Path) -> None:
 
 
 def test_every_file_the_kernel_includes_is_shipped() -> None:
-    """One of C++ as a rule of package-data, and nothing included that is not beside it."""
+    """Its name ends as package-data says, and what it includes lies beside it."""
     kernels = Path(build.__file__).parent
     rules = re.findall(r'"kernels/\*(\.\w+)"', (kernels.parents[1] / "pyproject.toml").read_text())
     for file in (*kernels.glob("*.cpp"), *kernels.glob("*.h")):
