@@ -3,7 +3,7 @@
     library = load(source)          about a second the first time, a millisecond after that
 
 The compiled file lies in ``$XDG_CACHE_HOME/minilora/kernels`` (else ``~/.cache/...``) under a hash of all that decides what it
-holds: source and what it includes, flags, compiler, processor, OpenMP library.  Another machine, flag or source is another file.
+holds: source with what it includes, flags, compiler, processor, OpenMP library.  Another of any is another file.
 
 It is machine code that this process will run, so it is loaded only from a folder that belongs to the user and that nobody
 else may write to, and only if the SHA-256 at its end is that of the rest (loading half a file would kill the process).  It

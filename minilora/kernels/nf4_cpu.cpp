@@ -219,7 +219,7 @@ template <int KIND> void many(const Product& p) {
 
 // With one or two rows of x memory is the bound, and the more rows of W are read at once, the better it is used.
 #if defined(__AVX512F__)
-const int STREAMS = 12, PAIR = 2;                   // measured, from DRAM: 8 take a tenth longer, 14 and 16 no less time
+const int STREAMS = 12, PAIR = 2;                   // measured from DRAM: 8 take 4 to 8 % longer; 14 and 16 gain nothing
 #else
 const int STREAMS = 4, PAIR = 1;                    // sums, tables, and a register of even and of odd weights are 16 or fewer
 #endif
