@@ -34,7 +34,9 @@ TILE = 4096                         # weights that a program holds at a time: 32
 # unpacking it once for torch's product is cheaper.  An estimate from bytes and instructions, for a GPU to correct
 # (`bench_gpu.crossing`); float32 has no tensor cores at full precision, so its line comes sooner.
 FUSED_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
-TENSOR_CORES_FOR_BFLOAT16 = (8, 0)  # compute capability: Ampere
+# Before Ampere Triton multiplies 16-bit matrices without tensor cores and with registers spilt; torch does better.
+TENSOR_CORES = (8, 0)
+FUSED_ROWS_WITHOUT = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 32}
 
 
 class Tiles(NamedTuple):
@@ -68,16 +70,16 @@ def run_length(*sizes: int, longest: int = LONGEST_RUN) -> int:
 class Kernel:
     """The Triton kernels, for a GPU or for Triton's interpreter.
 
-    Args: bfloat16: whether products of it can be taken (by tensor cores that know it).
+    Args: tensor_cores: whether Triton has them for 16-bit products (`TENSOR_CORES`).
     Raises: ImportError: Triton is not installed.
     """
 
     machine = "Triton"
 
-    def __init__(self, bfloat16: bool = True) -> None:
+    def __init__(self, tensor_cores: bool = True) -> None:
         from minilora.kernels import nf4_triton
         self._programs: ModuleType = nf4_triton
-        self.fused_rows = {dtype: rows for dtype, rows in FUSED_ROWS.items() if bfloat16 or dtype != torch.bfloat16}
+        self.fused_rows = FUSED_ROWS if tensor_cores else FUSED_ROWS_WITHOUT
 
     def dequantize(self, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
         """Unpack, look up, scale and round in one kernel, the constants decoded on the way.
@@ -139,10 +141,12 @@ class Kernel:
         rows, features = y.shape
         tile = tiles(rows, transposed, x.dtype)
         if y.numel():
+            run = run_length(sizes["BLOCKSIZE"], in_features, longest=min(LONGEST_RUN, tile.columns))
+            # Bytes that are read one by one are fetched ahead as addresses: three steps of them fill the shared memory.
             self._launch("product", (-(-features // (tile.columns if transposed else tile.out)), -(-rows // tile.rows)),
                          y, x, x if bias is None else bias, rows, out_features, in_features, *weight, **sizes,
-                         RUN=run_length(sizes["BLOCKSIZE"], in_features, longest=min(LONGEST_RUN, tile.columns)),
-                         BIAS=bias is not None, TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out, IN=tile.columns)
+                         RUN=run, BIAS=bias is not None, TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out, IN=tile.columns,
+                         num_stages=1 if run == 1 else 3)
         return y
 
     def _launch(self, name: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **sizes: Any) -> None:
@@ -202,7 +206,7 @@ def _make(device: torch.device) -> Kernel | None:
     if os.environ.get("MINILORA_KERNELS") == "reference":
         return None
     try:
-        made = Kernel(bfloat16=torch.cuda.get_device_capability(device) >= TENSOR_CORES_FOR_BFLOAT16)
+        made = Kernel(tensor_cores=torch.cuda.get_device_capability(device) >= TENSOR_CORES)
         prove(made, device)
         return made
     except torch.cuda.OutOfMemoryError:
@@ -216,17 +220,31 @@ def _make(device: torch.device) -> Kernel | None:
 
 
 def prove(kernel: Kernel, device: torch.device) -> None:
-    """Unpack a few numbers on the device and on the CPU: a compiler that fuses operations, or fails, is found here.
+    """Unpack a matrix on the device and on the CPU, and multiply unit vectors by it, which gives its rows and columns.
 
+    A compiler that fuses operations, or rounds otherwise, or fails at one of the kernels, is found here.
     Raises: RuntimeError: the bits differ; or what Triton raises.
     """
+    shape = out_features, in_features = 512, 128
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(0, 256, (1 << 15,), dtype=torch.uint8, generator=generator)
     codes = torch.randint(0, 256, (1 << 10,), dtype=torch.uint8, generator=generator)
     table, dynamic, nested = (torch.randn(count, generator=generator) for count in (16, 256, 4))
     absmax = reference.dequantize_blocks(codes, nested, dynamic, 256) + 0.3
-    expected = reference.dequantize_packed(packed, absmax, table, 64, torch.empty(1 << 16))
     constants = Constants(None, codes.to(device), dynamic.to(device), nested.to(device), 0.3)
-    found = kernel.dequantize(packed.to(device), constants, table.to(device), 64, torch.empty(1 << 16, device=device))
-    if not torch.equal(found.cpu(), expected):
-        raise RuntimeError("Triton's kernel does not give the reference's bits")
+    weight = packed.to(device), constants, table.to(device), 64
+    # In one type: each further one would compile three kernels more.
+    multiplied = torch.bfloat16 if kernel.fused_rows[torch.bfloat16] > 1 else torch.float32
+    for dtype in KINDS:
+        w = torch.empty(shape, dtype=dtype)
+        reference.dequantize_packed(packed, absmax, table, 64, w.view(-1))
+        found = [kernel.dequantize(*weight, torch.empty_like(w, device=device))]
+        expected = [w]
+        if dtype == multiplied:
+            unit = torch.eye(out_features, dtype=dtype, device=device)
+            rows = unit[:in_features, :in_features].contiguous()
+            found += [kernel.product(rows[:1], *weight, out_features), kernel.product(rows[:16], *weight, out_features),
+                      kernel.product_transposed(unit[:16], *weight, in_features)]
+            expected += [w[:, :1].T, w[:, :16].T, w[:16]]
+        if not all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True)):
+            raise RuntimeError(f"Triton's kernels do not give the reference's bits in {dtype}")

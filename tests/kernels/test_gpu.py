@@ -1,4 +1,4 @@
-"""The Triton kernels: run by the interpreter, compiled for GPUs that are not here, and run on one that is."""
+"""The Triton kernels in the interpreter, and every way to and around them (compiled, and on a GPU: test_gpu_compiled.py)."""
 from __future__ import annotations
 
 import subprocess
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora import NF4Linear, quantize_nf4
+from minilora import NF4Linear, kernels, quantize_nf4
 from minilora.kernels import cpu, gpu, reference
 from minilora.kernels.cpu import Constants
 from minilora.layers import nf4_linear
@@ -33,12 +33,13 @@ SHAPES = [(1, 64), (5, 128), (40, 96), (33, 1500), (9, 33), (6, 1), (64, 640), (
 ROWS = (1, 2, 16, 17, 33, 65, 129)
 HALF_A_STEP = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8, torch.float16: 2.0 ** -11}
 FORWARD_AND_BACK = pytest.mark.parametrize("transposed", [False, True])
+WITHOUT_TRITON = "Triton is not installed: it comes with torch's CUDA builds on Linux, and with the extra [peers]"
 EACH_FLOAT = pytest.mark.parametrize("dtype", FLOATS)
 
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[InterpretedKernel]:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds, and with the extra [peers]")
+    pytest.importorskip("triton", reason=WITHOUT_TRITON)
     kernel = InterpretedKernel()
     yield kernel
     kernel.close()
@@ -214,11 +215,11 @@ def test_the_layer_takes_the_kernels_forward_and_back(in_place_of_the_cpus: Inte
 
 def step(folder: Path, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     """A step of QLoRA over a small Llama: its loss, and the gradient of every adapter."""
-    model = minilora.load_model(folder, quantize="nf4", dtype=torch.float32, device=device)
+    model = minilora.load_model(folder, quantize="nf4", dtype=torch.float32)
     minilora.add_lora(model, minilora.LoRAConfig(r=4, alpha=8), torch.Generator().manual_seed(0))
     for name, param in model.named_parameters():
         if "lora_B" in name:        # starts at zero, where no gradient would reach A
-            param.data = normal(*param.shape, seed=len(name)).mul_(0.1).to(device)
+            param.data = normal(*param.shape, seed=len(name)).mul_(0.1)
     model.to(device)
     tokens = torch.randint(0, 250, (2, 9), generator=generator(0)).to(device)
     loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -270,6 +271,7 @@ def test_weights_on_another_device_bring_their_tables_along() -> None:
 def test_without_triton_the_reference_is_used_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "minilora.kernels.nf4_triton", raising=False)
+    monkeypatch.delattr(kernels, "nf4_triton", raising=False)       # where another test imported it
     with pytest.warns(RuntimeWarning, match=r"slow path in plain torch on the GPU: .*triton") as caught:
         assert [gpu.kernel(torch.device("cuda", index)) for index in (0, 1, 0)] == [None] * 3
     assert len(caught) == 1
@@ -280,7 +282,7 @@ def test_kernels_that_fail_or_give_other_bits_are_not_taken(monkeypatch: pytest.
     def other_bits(*_: Any) -> None:
         raise RuntimeError("Triton's kernel does not give the reference's bits\nand more")
 
-    monkeypatch.setattr(gpu, "Kernel", lambda bfloat16: SimpleNamespace())
+    monkeypatch.setattr(gpu, "Kernel", lambda tensor_cores: SimpleNamespace())
     monkeypatch.setattr(gpu, "prove", other_bits)
     with pytest.warns(RuntimeWarning, match="does not give the reference's bits$"):
         assert gpu.kernel(torch.device("cuda", 0)) is None
@@ -306,7 +308,23 @@ def test_the_proof_finds_a_fused_operation(interpreted: InterpretedKernel, monke
         original(self, name, grid, out, n, packed, table, once, table, table, 0.0, **{**sizes, "NESTED": 0})
 
     monkeypatch.setattr(InterpretedKernel, "_launch", fused)
-    with pytest.raises(RuntimeError, match="bits"):
+    with pytest.raises(RuntimeError, match="bits in torch.float32"):
+        gpu.prove(interpreted, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrong", ["row_product", "product", "dequantize"])
+def test_the_proof_finds_a_wrong_bit_of_each_kernel(interpreted: InterpretedKernel, monkeypatch: pytest.MonkeyPatch,
+                                                    wrong: str) -> None:
+    original = InterpretedKernel._launch
+
+    def one_bit_off(self: InterpretedKernel, name: str, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any,
+                    **sizes: Any) -> None:
+        original(self, name, grid, out, *arguments, **sizes)
+        if name == wrong and out.dtype == torch.bfloat16:
+            out.view(torch.int16).view(-1)[-1] ^= 1
+
+    monkeypatch.setattr(InterpretedKernel, "_launch", one_bit_off)
+    with pytest.raises(RuntimeError, match="bits in torch.bfloat16"):
         gpu.prove(interpreted, torch.device("cpu"))
 
 
@@ -319,12 +337,12 @@ def test_the_reference_can_be_asked_for_and_then_nothing_is_said(monkeypatch: py
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_gpu_without_bfloat16_tensor_cores_unpacks_for_such_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
+def test_a_gpu_without_tensor_cores_for_triton_unpacks_for_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason=WITHOUT_TRITON)
     monkeypatch.setattr(gpu, "prove", lambda *_: None)
     assert gpu.kernel(torch.device("cuda", 0)).fused_rows == gpu.FUSED_ROWS
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert set(gpu.kernel(torch.device("cuda", 1)).fused_rows) == {torch.float16, torch.float32}
+    assert gpu.kernel(torch.device("cuda", 1)).fused_rows == {torch.bfloat16: 1, torch.float16: 1, torch.float32: 32}
 
 
 def test_nothing_of_triton_is_imported_for_the_cpu() -> None:
