@@ -155,7 +155,7 @@ class NF4Tensor:
                                     f"{self.device}, found {out.dtype} {tuple(out.shape)} on {out.device}")
         kernel = _kernel(self.device, out.dtype)
         if kernel is not None:
-            kernel.dequantize(self.packed, self._constants(), _tables(self.device)[0], self.blocksize, out)
+            kernel.dequantize(*self.for_kernel(), out)
         else:
             reference.dequantize_packed(self.packed.view(-1), self.absmax, _tables(self.device)[0], self.blocksize,
                                         out.detach().view(-1))
@@ -177,11 +177,14 @@ class NF4Tensor:
         if (kernel is None or x.device != self.device or len(x) > kernel.fused_rows.get(x.dtype, 0)
                 or (transposed and not isinstance(kernel, gpu.Kernel))):
             return None
-        weight = self.packed, self._constants(), _tables(self.device)[0], self.blocksize
-        x = x.detach().contiguous()
+        weight, x = self.for_kernel(), x.detach().contiguous()
         if transposed and isinstance(kernel, gpu.Kernel):
             return kernel.product_transposed(x, *weight, self.shape[1])
         return kernel.product(x, *weight, self.shape[0], None if bias is None else bias.detach().float().contiguous())
+
+    def for_kernel(self) -> tuple[Tensor, cpu.Constants, Tensor, int]:
+        """What every kernel takes of it: packed codes, constants as they are stored, the table, the block size."""
+        return self.packed, self._constants(), _tables(self.device)[0], self.blocksize
 
     def _constants(self) -> cpu.Constants:
         if self.nested is None:

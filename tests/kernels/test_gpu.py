@@ -60,7 +60,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def product(kernel: gpu.Kernel, q: NF4Tensor, x: torch.Tensor, transposed: bool = False,
             bias: torch.Tensor | None = None) -> torch.Tensor:
-    weight = q.packed, q._constants(), NF4_CODE.to(q.device), q.blocksize
+    weight = q.for_kernel()
     return kernel.product_transposed(x, *weight, q.shape[1]) if transposed else kernel.product(x, *weight, q.shape[0], bias)
 
 
@@ -79,7 +79,8 @@ def error_in_units_of_the_bound(w: torch.Tensor, x: torch.Tensor, y: torch.Tenso
 @given(n=sizes, blocksize=blocksizes, nested=st.sampled_from((None, 1, 3, 256, 257)), dtype=st.sampled_from(FLOATS),
        offset=st.floats(-1, 1, width=32), seed=st.integers(0, 99))
 def test_unpacked_weights_equal_the_reference_to_the_bit(interpreted: InterpretedKernel, n: int, blocksize: int,
-                                                         nested: int | None, dtype: torch.dtype, offset: float, seed: int) -> None:
+                                                         nested: int | None, dtype: torch.dtype, offset: float,
+                                                         seed: int) -> None:
     blocks = -(-n // blocksize)
     packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator(seed))
     if nested is None:
@@ -165,8 +166,8 @@ def test_the_choice_of_tiles_covers_every_row_and_is_counted_in_powers_of_two() 
                 assert all(size & (size - 1) == 0 and size >= 16 for size in tile) and tile.out * tile.columns == gpu.TILE
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [((64,), 64), ((4096, 11008), 64), ((96, 4096), 32), ((7, 64), 1), ((64, 33), 1),
-                                                 ((1 << 50,), 64), ((6, 10), 2)])
+@pytest.mark.parametrize(("sizes", "expected"), [((64,), 64), ((4096, 11008), 64), ((96, 4096), 32), ((7, 64), 1),
+                                                 ((64, 33), 1), ((1 << 50,), 64), ((6, 10), 2)])
 def test_a_run_is_the_largest_power_of_two_that_divides_all(sizes: tuple[int, ...], expected: int) -> None:
     assert gpu.run_length(*sizes) == expected
 
@@ -301,14 +302,15 @@ def test_the_proof_finds_a_fused_operation(interpreted: InterpretedKernel, monke
     gpu.prove(interpreted, torch.device("cpu"))
     original = InterpretedKernel._launch
 
-    def fused(self: InterpretedKernel, name: str, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **sizes: Any) -> None:
+    def fused(self: InterpretedKernel, name: str, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any,
+              **sizes: Any) -> None:
         """The constants with one rounding instead of two, as a fused multiply-add gives them."""
         n, packed, table, codes, dynamic, nested, offset = arguments
         once = (dynamic[codes.int()].double() * nested.repeat_interleave(256).double() + offset).float()
         original(self, name, grid, out, n, packed, table, once, table, table, 0.0, **{**sizes, "NESTED": 0})
 
     monkeypatch.setattr(InterpretedKernel, "_launch", fused)
-    with pytest.raises(RuntimeError, match="bits in torch.float32"):
+    with pytest.raises(RuntimeError, match=r"bits in torch\.float32"):
         gpu.prove(interpreted, torch.device("cpu"))
 
 
@@ -324,7 +326,7 @@ def test_the_proof_finds_a_wrong_bit_of_each_kernel(interpreted: InterpretedKern
             out.view(torch.int16).view(-1)[-1] ^= 1
 
     monkeypatch.setattr(InterpretedKernel, "_launch", one_bit_off)
-    with pytest.raises(RuntimeError, match="bits in torch.bfloat16"):
+    with pytest.raises(RuntimeError, match=r"bits in torch\.bfloat16"):
         gpu.prove(interpreted, torch.device("cpu"))
 
 

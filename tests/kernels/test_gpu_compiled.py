@@ -34,7 +34,7 @@ from tests.models import write_model
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LEAST_SHARED_BYTES = 99 << 10       # what a program may have on the consumer GPUs of Ampere and later, which have the least
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what the machine code computes is seen on one")
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what machine code computes is seen on one")
 EVERY_GENERATION = pytest.mark.parametrize("capability", [75, 80, 90, 120])
 
 
@@ -51,7 +51,8 @@ def compiled(name: str, dtype: torch.dtype, capability: int = 80, *, fusion: boo
     function = getattr(nf4_triton, name)
     sizes = {"BLOCKSIZE": 64, "NESTED": 256, **sizes}
     kinds = {**dict.fromkeys(("out", "x", "y"), f"*{NAMES[dtype]}"), "packed": "*u8", "offset": "fp32", "n": "i64",
-             "constants": "*u8" if sizes["NESTED"] else "*fp32", **dict.fromkeys(("rows", "out_features", "in_features"), "i32")}
+             "constants": "*u8" if sizes["NESTED"] else "*fp32",
+             **dict.fromkeys(("rows", "out_features", "in_features"), "i32")}
     signature = {name: "constexpr" if name in sizes else kinds.get(name, "*fp32") for name in function.arg_names}
     aligned = {(place,): [["tt.divisibility", 16]] for place, (name, kind) in enumerate(signature.items())
                if kind.startswith("*") or (name.endswith("_features") and kind == "i32")}
@@ -96,9 +97,8 @@ def test_each_launch_says_that_nothing_may_be_fused(monkeypatch: pytest.MonkeyPa
     kernel, launch = gpu.Kernel(), Launch()
     monkeypatch.setattr(kernel, "_programs", launch)
     q = quantize_nf4(normal(8, 64))
-    weight = q.packed, q._constants(), NF4_CODE, 64
-    for call in (lambda: kernel.dequantize(*weight, torch.empty(8, 64)), lambda: kernel.product(normal(1, 64), *weight, 8),
-                 lambda: kernel.product(normal(2, 64), *weight, 8), lambda: kernel.product_transposed(normal(2, 8), *weight, 64)):
+    for call in (lambda: kernel.dequantize(*q.for_kernel(), torch.empty(8, 64)), lambda: product(kernel, q, normal(1, 64)),
+                 lambda: product(kernel, q, normal(2, 64)), lambda: product(kernel, q, normal(2, 8), transposed=True)):
         launch.told = {}
         call()
         assert launch.told["enable_fp_fusion"] is False
