@@ -33,7 +33,10 @@ from tests.kernels.test_gpu import (
 from tests.models import write_model
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-LEAST_SHARED_BYTES = 99 << 10       # what a program may have on the consumer GPUs of Ampere and later, which have the least
+# Shared memory that a program may have: of each generation the GPUs with the least (CUDA C++ programming guide, "Compute
+# capabilities"): Turing; Ampere and Ada; Hopper; Blackwell.
+SHARED_BYTES = {75: 64 << 10, 86: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+HALVES, SINGLES = torch.bfloat16, torch.float32
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what machine code computes is seen on one")
 EVERY_GENERATION = pytest.mark.parametrize("capability", [75, 80, 90, 120])
 
@@ -74,6 +77,7 @@ def test_no_multiplication_is_fused_with_an_addition(capability: int) -> None:
     for dtype in FLOATS:
         for code in (dequantize(dtype, capability), row_product(dtype, capability)):
             assert not re.search(r"\bFFMA", code.asm["sass"])
+            assert ".ftz" not in code.asm["ptx"], "numbers below 1.2e-38 would become zero"
 
 
 class Launch:
@@ -119,23 +123,28 @@ def test_codes_are_read_sixteen_bytes_at_a_time() -> None:
 
 
 @FORWARD_AND_BACK
-@pytest.mark.parametrize("rows", [16, 32, 64, 128])
-@pytest.mark.parametrize(("dtype", "run"), [(torch.bfloat16, 64), (torch.bfloat16, 2), (torch.bfloat16, 1), (torch.float32, 64),
-                                            (torch.float32, 1)])
-def test_products_fit_into_the_memory_of_a_program(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, run: int, rows: int,
-                                                   transposed: bool) -> None:
+@pytest.mark.parametrize(("capability", "dtype", "run", "rows"), [
+    *((86, HALVES, run, rows) for run in (64, 1) for rows in (16, 32, 64, 128)),
+    *((86, SINGLES, run, rows) for run in (64, 1) for rows in (16, 32, 64)),
+    (86, HALVES, 2, 32), (75, HALVES, 64, 1), (75, SINGLES, 64, 32), (75, SINGLES, 1, 32),
+    *((capability, HALVES, 64, rows) for capability in (90, 120) for rows in (16, 128))])
+def test_products_fit_into_the_memory_of_a_program(monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype,
+                                                   run: int, rows: int, transposed: bool) -> None:
     """Launched over a weight whose runs are that long, and compiled as the launch says."""
     pytest.importorskip("triton", reason=WITHOUT_TRITON)
     kernel, launch = gpu.Kernel(), Launch()
     monkeypatch.setattr(kernel, "_programs", launch)
     q = quantize_nf4(normal(64, 128), blocksize={64: 64, 2: 6, 1: 7}[run])
-    product(kernel, q, normal(rows, 64 if transposed else 128).to(dtype), transposed)
+    x = normal(rows, 64 if transposed else 128).to(dtype)
+    kernel._product(x, torch.empty(rows, 128 if transposed else 64, dtype=dtype), None, 64, 128,
+                    *gpu._weight(*q.for_kernel(), 64 * 128, x.device), transposed)
     told = dict(launch.told)
     assert told["RUN"] == (min(run, told["IN"])), "the case that was meant"
-    code = compiled("product", dtype, 86, fusion=told.pop("enable_fp_fusion"), stages=told.pop("num_stages"), **told)
-    assert code.metadata.shared <= LEAST_SHARED_BYTES
+    code = compiled("product", dtype, capability, fusion=told.pop("enable_fp_fusion"), stages=told.pop("num_stages"), **told)
+    assert code.metadata.shared <= SHARED_BYTES[capability]
     assert "tf32" not in code.asm["ptx"], "float32 would lose thirteen bits"
-    assert ("mma.sync" in code.asm["ptx"]) == (dtype != torch.float32), "tensor cores, for 16 bits alone"
+    tensor_cores = re.search(r"mma(_async)?\.sync", code.asm["ptx"]) is not None
+    assert tensor_cores == (dtype != torch.float32 and capability >= 80), "`gpu.TENSOR_CORES` says where there are any"
 
 
 @pytest.mark.parametrize("ones", [{"in_features": 1}, {"out_features": 1}, {"in_features": 1, "out_features": 1}])
