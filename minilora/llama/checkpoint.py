@@ -1,8 +1,8 @@
 """Hugging Face model folders, read and written one tensor at a time.
 
-Loading needs the memory of the result plus one tensor: the model is built without memory ("meta"), every name and shape
-is compared with what the files hold, and then each tensor is read, quantized or converted, put in its place and released
-before the next.  A 7B model passes from 13.5 GB on disk into 3.9 GB of memory without ever lying there in 16 bits.
+Loading needs the memory of the result plus two tensors: the model is built without memory ("meta"), every name and shape
+is compared with what the files hold, and then each tensor is read, quantized or converted, put in its place and released,
+while the next is being read.  A 7B model passes from 13.5 GB on disk into 3.9 GB of memory without ever lying there in 16 bits.
 
 Quantized are the linears of the blocks (q, k, v, o, gate, up, down); embeddings, norms and the head stay 16-bit, as in
 the paper's implementation.  The weights are quantized from the values in the file, not from a 16-bit rounding of them.
@@ -13,7 +13,9 @@ import ctypes
 import os
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,7 @@ from minilora.files import write_json
 from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import replace_module
+from minilora.llama.ahead import read_ahead
 from minilora.llama.blank import blank_model
 from minilora.llama.bnb_format import (
     check_quantization_config,
@@ -155,35 +158,44 @@ def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4",
     total = sum(weights.entries[step.key].nbytes for step in steps)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=not progress)
     untrimmed = 0
-    with torch.no_grad(), bar:
-        for step in steps:
-            if step.four_bit and quantize is not None:
-                # Its dense weight is of this model's type, whatever the file says: what is merged is what was computed with.
-                _put_nf4(model, step, replace(read_nf4(weights, step.module, step.shape).to(device), dtype=dtype))
-            elif quantize_dense and step.is_block_linear:
-                _put_nf4(model, step, _quantized(weights, step, double_quant, blocksize, dtype, device))
+
+    def reading(number: int, step: _Step) -> Callable[[], Tensor | NF4Tensor]:
+        if step.four_bit:
+            return partial(read_nf4, weights, step.module, step.shape)
+        if quantize_dense and step.is_block_linear:
+            return partial(weights.borrow, step.key, number % 2)
+        return partial(weights.read, step.key)
+
+    reads = [reading(number, step) for number, step in enumerate(steps)]
+    with torch.no_grad(), bar, closing(read_ahead(reads)) as values:
+        for step, value in zip(steps, values, strict=True):
+            if quantize_dense and step.is_block_linear and isinstance(value, Tensor):
+                value = _quantized(value.to(device), weights.place(step.key), double_quant, blocksize)
+            if isinstance(value, Tensor):
+                _put_dense(model, step, _converted(value, weights.place(step.key), dtype, device))
+            elif quantize is None:
+                _put_dense(model, step, value.to(device).dequantize(dtype))
             else:
-                _put_dense(model, weights, step, dtype, device)
+                # Its dense weight is of this model's type, whatever the file says: what is merged is what was computed with.
+                _put_nf4(model, step, replace(value.to(device), dtype=dtype))
             nbytes = weights.entries[step.key].nbytes
             bar.update(nbytes)
             untrimmed += nbytes
             if untrimmed >= TRIM_BYTES:
                 _trim_heap()
                 untrimmed = 0
-        if config.tie_word_embeddings:
-            _tie(model, weights)
+    if config.tie_word_embeddings:
+        _tie(model, weights)
     weights.close()
     _trim_heap()
     return model.eval()
 
 
-def _quantized(weights: WeightFiles, step: _Step, double_quant: bool, blocksize: int, dtype: torch.dtype,
-               device: torch.device | str) -> NF4Tensor:
+def _quantized(value: Tensor, place: str, double_quant: bool, blocksize: int) -> NF4Tensor:
     try:
-        quantized = quantize_nf4(weights.borrow(step.key).to(device), blocksize, double_quant)
+        return quantize_nf4(value, blocksize, double_quant)
     except QuantizationError as error:
-        raise CheckpointError(f"{weights.place(step.key)}: {error}") from error
-    return replace(quantized, dtype=dtype)      # what its dense weight is in this model, whatever the file's type
+        raise CheckpointError(f"{place}: {error}") from error
 
 
 def _trim_heap() -> None:
@@ -202,25 +214,19 @@ def _put_nf4(model: LlamaForCausalLM, step: _Step, quantized: NF4Tensor) -> None
     replace_module(model, step.module, NF4Linear(quantized, bias if isinstance(bias, Tensor) else None))
 
 
-def _put_dense(model: LlamaForCausalLM, weights: WeightFiles, step: _Step, dtype: torch.dtype,
-               device: torch.device | str) -> None:
-    if step.four_bit:
-        value = read_nf4(weights, step.module, step.shape).to(device).dequantize(dtype)
-    else:
-        value = weights.read(step.key).to(device=device, dtype=dtype)
-        _check_finite(value, weights, step)
-        if value.shape[0] < step.shape[0]:
-            value = _pad_rows(value, step.shape[0])
-    setattr(model.get_submodule(step.module), step.name.rpartition(".")[2], nn.Parameter(value))
+def _converted(value: Tensor, place: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The file's tensor in the model's type; NaN and infinities are refused: every answer behind one would be NaN."""
+    converted = value.to(device=device, dtype=dtype)
+    if all(bool(end.isfinite()) for end in converted.aminmax()):        # one pass, and no memory; NaN comes through both ends
+        return converted
+    if all(bool(end.isfinite()) for end in value.aminmax()):
+        raise CheckpointError(f"{place}: holds values too large for {dtype}; use bfloat16 or float32")
+    raise CheckpointError(f"{place}: holds NaN or infinities; fetch the file again")
 
 
-def _check_finite(value: Tensor, weights: WeightFiles, step: _Step) -> None:
-    """Refuse a dense tensor with NaN or infinities: every answer behind it would be NaN, and argmax of NaN a token."""
-    if all(bool(end.isfinite()) for end in value.aminmax()):        # one pass, and no memory; NaN comes through both ends
-        return
-    if all(bool(end.isfinite()) for end in weights.read(step.key).aminmax()):
-        raise CheckpointError(f"{weights.place(step.key)}: holds values too large for {value.dtype}; use bfloat16 or float32")
-    raise CheckpointError(f"{weights.place(step.key)}: holds NaN or infinities; fetch the file again")
+def _put_dense(model: LlamaForCausalLM, step: _Step, value: Tensor) -> None:
+    padded = _pad_rows(value, step.shape[0]) if value.shape[0] < step.shape[0] else value
+    setattr(model.get_submodule(step.module), step.name.rpartition(".")[2], nn.Parameter(padded))
 
 
 def _tie(model: LlamaForCausalLM, weights: WeightFiles) -> None:

@@ -131,7 +131,7 @@ class WeightFiles:
         self.source, files, index = find_weights(folder)
         self.entries: dict[str, TensorEntry] = {}
         self._bin: tuple[Path, dict[str, Tensor], bool] | None = None
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         for file in files:
             for key, entry in (self._bin_header(file) if file.suffix == ".bin" else read_header(file)).items():
                 if key in self.entries:
@@ -159,26 +159,29 @@ class WeightFiles:
         """One tensor, in memory of its own."""
         return self._read(self.entries[key], None)
 
-    def borrow(self, key: str) -> Tensor:
-        """One tensor, in a buffer that the next `borrow` overwrites: for what is quantized and not kept.
+    def borrow(self, key: str, buffer: int = 0) -> Tensor:
+        """One tensor, in one of two buffers, until that is borrowed again: for what is quantized and not kept.
 
         Why: fresh memory is faulted in page by page, several times slower than a buffer that is used again.
         """
         entry = self.entries[key]
-        if self._scratch.numel() < entry.nbytes:
-            self._scratch = torch.empty(0, dtype=torch.uint8)       # release the old one first
-            self._scratch = torch.empty(entry.nbytes, dtype=torch.uint8)
-        return self._read(entry, self._scratch)
+        if self._buffers[buffer].numel() < entry.nbytes:
+            self._buffers[buffer] = torch.empty(0, dtype=torch.uint8)       # release the old one first
+            self._buffers[buffer] = torch.empty(entry.nbytes, dtype=torch.uint8)
+        return self._read(entry, self._buffers[buffer])
 
     def _read(self, entry: TensorEntry, buffer: Tensor | None) -> Tensor:
         if entry.file.suffix != ".bin":
             return read_tensor(entry, buffer)
         tensor = self._open_bin(entry.file)[entry.key]
         mapped = self._bin is not None and self._bin[2]
-        if buffer is None:
-            result = tensor.clone(memory_format=torch.contiguous_format)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8) if buffer is None else buffer[:entry.nbytes]
+        result = raw.view(tensor.dtype).view(tensor.shape)
+        if tensor.is_contiguous():
+            # NumPy copies in this thread alone, and lets others run; torch's copy would take a team (see `ahead`).
+            raw.numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
         else:
-            result = buffer[:entry.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            result.copy_(tensor)
         if mapped:
             _drop_pages(tensor)
         return result
@@ -188,5 +191,5 @@ class WeightFiles:
         return f"{self.entries[key].file}: {key}"
 
     def close(self) -> None:
-        """Release the buffer and the open shard."""
-        self._bin, self._scratch = None, torch.empty(0, dtype=torch.uint8)
+        """Release the buffers and the open shard."""
+        self._bin, self._buffers = None, []
