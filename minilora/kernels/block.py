@@ -18,6 +18,9 @@ from minilora.kernels.build import NATIVE, BuildError, load
 
 SOURCE = Path(__file__).with_name("block_cpu.cpp")
 HEAD_DIMS = (64, 128)               # those that the attention is compiled for: whole tiles of 64
+# Narrower rows keep torch's operations, and with them torch's bits: figures that are published hang on those of the small model
+# that ships (256 and 512 wide), and at such widths there is nothing to gain.
+NARROWEST = 768
 
 
 class _View(ctypes.Structure):
@@ -31,6 +34,26 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (*((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "length")), ("scale", ctypes.c_float),
                 *((name, _View) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")), ("log_sum", ctypes.c_void_p))
+
+
+class _SwiGLU(ctypes.Structure):
+    """`struct SwiGLU` of block_cpu.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up"))
+
+
+class _Norm(ctypes.Structure):
+    """`struct Norm` of block_cpu.cpp."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "d_y", "y", "d_x", "inverse")),
+                ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("eps", ctypes.c_float))
+
+
+def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
+    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or x.device.type != "cpu":
+        raise ValueError(f"the kernel takes contiguous {dtype} {shape} on the CPU, not {x.dtype} {tuple(x.shape)} with strides "
+                         f"{x.stride()} on {x.device}")
+    return x.data_ptr()
 
 
 def _view(x: Tensor, shape: tuple[int, ...]) -> _View:
@@ -52,6 +75,12 @@ def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
             and q.shape[2] == k.shape[2] and q.numel() > 0)
 
 
+def takes_rows(*tensors: Tensor) -> bool:
+    """Whether `Kernel.swiglu` and `Kernel.norm` are made for tensors of such rows."""
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= NARROWEST and x.shape[-1] % 16 == 0
+               and x.is_contiguous() and x.numel() > 0 for x in tensors)
+
+
 class Kernel:
     """The compiled library.
 
@@ -66,6 +95,9 @@ class Kernel:
             self._forward, self._backward = library.block_attention, library.block_attention_backward
             for function in (self._forward, self._backward):
                 function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int], None
+            self._swiglu, self._norm = library.block_swiglu, library.block_norm
+            self._swiglu.argtypes, self._swiglu.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
+            self._norm.argtypes, self._norm.restype = [ctypes.c_void_p, ctypes.c_int], None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(q·kᵀ / √d)·v, each position over those up to its own.
@@ -92,10 +124,63 @@ class Kernel:
         """
         found = _empty(*q.shape), _empty(*k.shape), _empty(*v.shape)
         call = self._call(q, k, v, o, log_sum)
-        call.d_o = _view(grad if grad.stride(-1) == 1 else grad.contiguous(), tuple(q.shape))
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()      # held until the call is over
+        call.d_o = _view(grad, tuple(q.shape))
         call.d_q, call.d_k, call.d_v = (_view(x, tuple(x.shape)) for x in found)
         self._backward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
         return found
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) · up in one pass, rounded once.
+
+        Args: gate, up: (..., inner) bfloat16, contiguous, inner a multiple of 16.
+        """
+        y, shape = torch.empty_like(gate), tuple(gate.shape)
+        call = _SwiGLU(_address(gate, shape), _address(up, shape), None, _address(y, shape))
+        self._elementwise(call, gate)
+        return y
+
+    def swiglu_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up in one pass, rounded once; grad: of what `swiglu` gave, (..., inner)."""
+        d_gate, d_up, shape = torch.empty_like(gate), torch.empty_like(up), tuple(gate.shape)
+        grad = grad.contiguous()                                # held until the call is over
+        call = _SwiGLU(_address(gate, shape), _address(up, shape), _address(grad, shape), None,
+                       _address(d_gate, shape), _address(d_up, shape))
+        self._elementwise(call, gate)
+        return d_gate, d_up
+
+    def _elementwise(self, call: _SwiGLU, gate: Tensor) -> None:
+        if gate.shape[-1] % 16:
+            raise ValueError(f"the kernel takes rows of a multiple of 16, not {gate.shape[-1]}")
+        self._swiglu(ctypes.byref(call), gate.numel(), torch.get_num_threads())
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x / √(mean(x²) + ε) · weight, rounded once.
+
+        Args: x: (..., size) bfloat16, contiguous, size a multiple of 16. weight: (size,) bfloat16.
+        Returns: (..., size) bfloat16, and 1 / √(mean(x²) + ε), (..., 1) float32.
+        """
+        y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+        call = self._rows(x, weight, inverse)
+        call.y, call.eps = _address(y, tuple(x.shape)), eps
+        self._norm(ctypes.byref(call), torch.get_num_threads())
+        return y, inverse
+
+    def norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        """The gradient of x, rounded once; grad: of what `norm` gave, (..., size); inverse: what `norm` gave."""
+        d_x, grad = torch.empty_like(x), grad.contiguous()
+        call = self._rows(x, weight, inverse)
+        call.d_y, call.d_x = _address(grad, tuple(x.shape)), _address(d_x, tuple(x.shape))
+        self._norm(ctypes.byref(call), torch.get_num_threads())
+        return d_x
+
+    @staticmethod
+    def _rows(x: Tensor, weight: Tensor, inverse: Tensor) -> _Norm:
+        size = x.shape[-1]
+        if size % 16:
+            raise ValueError(f"the kernel takes rows of a multiple of 16, not {size}")
+        return _Norm(_address(x, tuple(x.shape)), _address(weight, (size,)), rows=x.numel() // size, size=size,
+                     inverse=_address(inverse, (*x.shape[:-1], 1), torch.float32))
 
     @staticmethod
     def _call(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor) -> _Attention:

@@ -311,6 +311,59 @@ template <int D> void backward(const Attention& a, int64_t task) {
     narrow_rows<D>(d_v.data, a.d_v, b, shared, 0, a.length);
 }
 
+// ------------------------------------------------------------------------------------------------------------ SwiGLU and norm
+
+// y = silu(gate) · up with silu(g) = g σ(g); and, with d_y given,  d_up = d_y silu(gate),
+// d_gate = d_y up σ(g) (1 + g (1 - σ(g))).  All n numbers of them one after the other.
+struct SwiGLU {
+    const uint16_t *gate, *up, *d_y;
+    uint16_t *y, *d_gate, *d_up;
+};
+
+inline Floats sigmoid(Floats x) { return all(1.0f) / (all(1.0f) + exp2(x * all(-LOG2_E))); }
+
+void swiglu(const SwiGLU& a, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += 16) {
+        Floats gate = widen(a.gate + i), up = widen(a.up + i), share = sigmoid(gate);
+        if (!a.d_y) {
+            narrow(a.y + i, gate * share * up);
+            continue;
+        }
+        Floats d_y = widen(a.d_y + i);
+        narrow(a.d_up + i, d_y * gate * share);
+        narrow(a.d_gate + i, d_y * up * share * multiply_add(all(1.0f), gate, all(1.0f) - share));
+    }
+}
+
+// y = x · inverse · weight with inverse = 1 / √(mean(x²) + ε); and, with d_y given and g = d_y · weight,
+// d_x = inverse · g - x · inverse³ · mean(g · x).
+struct Norm {
+    const uint16_t *x, *weight, *d_y;
+    uint16_t *y, *d_x;
+    float* inverse;                                             // (rows)
+    int64_t rows, size;
+    float eps;
+};
+
+void norm(const Norm& a, int64_t row) {
+    const uint16_t *x = a.x + row * a.size, *d_y = a.d_y + row * a.size;
+    Floats sum = {};
+    if (!a.d_y) {
+        for (int64_t i = 0; i < a.size; i += 16) sum = multiply_add(sum, widen(x + i), widen(x + i));
+        const float inverse = 1 / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / (float)a.size + a.eps);
+        a.inverse[row] = inverse;
+        for (int64_t i = 0; i < a.size; i += 16)
+            narrow(a.y + row * a.size + i, widen(x + i) * all(inverse) * widen(a.weight + i));
+        return;
+    }
+    for (int64_t i = 0; i < a.size; i += 16) sum = multiply_add(sum, widen(d_y + i) * widen(a.weight + i), widen(x + i));
+    const float inverse = a.inverse[row];
+    const Floats share = all(-_mm512_reduce_add_ps(sum) / (float)a.size * inverse * inverse * inverse);
+    for (int64_t i = 0; i < a.size; i += 16)
+        narrow(a.d_x + row * a.size + i,
+               multiply_add(share * widen(x + i), widen(d_y + i) * widen(a.weight + i), all(inverse)));
+}
+
 }  // namespace
 
 // ----------------------------------------------------------------------------------------------- what block.py calls by ctypes
@@ -326,6 +379,19 @@ void block_attention(const Attention* a, int head_dim, int threads) {
 void block_attention_backward(const Attention* a, int head_dim, int threads) {
     deal(threads, a->batch * a->kv_heads,
          [&](int64_t task) { head_dim == 64 ? backward<64>(*a, task) : backward<128>(*a, task); });
+}
+
+// Some 10 µs of work a task; n and the size of a row are multiples of 16.
+void block_swiglu(const SwiGLU* a, int64_t n, int threads) {
+    const int64_t part = 1 << 14;
+    deal(threads, (n + part - 1) / part, [&](int64_t task) { swiglu(*a, task * part, smaller(n, (task + 1) * part)); });
+}
+
+void block_norm(const Norm* a, int threads) {
+    const int64_t part = 16;
+    deal(threads, (a->rows + part - 1) / part, [&](int64_t task) {
+        for (int64_t row = task * part; row < smaller(a->rows, (task + 1) * part); ++row) norm(*a, row);
+    });
 }
 
 }  // extern "C"
