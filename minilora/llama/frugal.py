@@ -123,7 +123,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _FastAttention(torch.autograd.Function):
-    """`kernels.block`: what it gives is rounded already, so what is kept of it is what the projection behind it keeps anyway."""
+    """By `kernels.block`: what it gives is rounded, so what is kept of it is what the projection behind it keeps anyway."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: block.Kernel) -> Tensor:
