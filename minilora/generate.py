@@ -10,6 +10,9 @@ batch are padded on the left, so that the last column holds the last token of ev
 
 Padding is never attended to and positions count real tokens, so an answer depends on its own prompt alone (up to the
 rounding of the machine's products, whose order may change with a batch's shape).
+
+What all prompts of a batch begin with, such as an instruction, is read once, and its keys and values stand in every row of
+the cache; the padding then lies behind it.
 """
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ from minilora.errors import ConfigError, DataError
 from minilora.llama.cache import KVCache
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
+
+SHARED_TOKENS = 16      # a shorter beginning costs a call of its own what it saves
 
 
 @contextmanager
@@ -111,17 +116,37 @@ def end_tokens(model: LlamaForCausalLM, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for token in (tokenizer.eos_id, *ids) if type(token) is int)
 
 
+def shared_beginning(prompts: Sequence[Sequence[int]], model: LlamaForCausalLM) -> int:
+    """Tokens that all prompts begin with and that are worth being read once; every prompt keeps one of its own at least."""
+    if len(prompts) < 2 or any(window is not None for window in model.config.sliding_windows):
+        return 0                        # a window is counted in columns, between which padding would stand
+    first, last = min(map(list, prompts)), max(map(list, prompts))     # what these share, all that lie between them share
+    same = next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    tokens = min(same, min(map(len, prompts)) - 1)
+    return tokens if tokens >= SHARED_TOKENS else 0
+
+
+def cache_for(model: LlamaForCausalLM, beginning: Sequence[int], batch: int, room: int) -> KVCache:
+    """A cache whose sequences all begin with these tokens, read once."""
+    cache = KVCache(model.config, batch, room, model.dtype, model.device)
+    if beginning:
+        shared = KVCache(model.config, 1, len(beginning), model.dtype, model.device)
+        model.hidden(torch.tensor([list(beginning)], device=model.device), cache=shared)
+        cache.start_with(shared)
+    return cache
+
+
 def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], ends: frozenset[int],
                   max_new_tokens: int) -> list[list[int]]:
-    batch, longest = len(prompts), max(map(len, prompts))
-    input_ids = torch.zeros(batch, longest, dtype=torch.int64)                             # (B, P)
-    real = torch.ones(batch, longest + max_new_tokens, dtype=torch.bool)                   # (B, P + new)
+    batch, longest, shared = len(prompts), max(map(len, prompts)), shared_beginning(prompts, model)
+    input_ids = torch.zeros(batch, longest - shared, dtype=torch.int64)                    # (B, P)
+    real = torch.ones(batch, longest + max_new_tokens, dtype=torch.bool)                   # (B, shared + P + new)
     for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        real[row, : longest - len(ids)] = False
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids[shared:])
+        real[row, shared : shared + longest - len(ids)] = False
     mask = None if real.all() else real.to(model.device)
     input_ids = input_ids.to(model.device)
-    cache = KVCache(model.config, batch, longest + max_new_tokens, model.dtype, model.device)
+    cache = cache_for(model, prompts[0][:shared], batch, longest + max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * batch
     for _ in range(max_new_tokens):

@@ -4,14 +4,18 @@ Summed, not averaged: whoever takes a step knows over how many tokens of how man
 """
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.data.batches import Batch, collate
 from minilora.data.prompts import IGNORED, Example
 from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.recompute import recompute
 
+CHUNK_BYTES = 64 * 2 ** 20
 PADDING = 0     # Trap: a tokenizer's own padding id may lie past the embedding table; padding is masked, so any id will do
 
 
@@ -27,8 +31,30 @@ def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     longest = int(carries_loss.sum(1).max())
     at = carries_loss.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]     # (B, L)
     wanted = carries_loss.gather(1, at)
-    logits = model.lm_head(model.hidden(batch.input_ids, at=at)[wanted])                   # (label tokens, vocab)
-    return F.cross_entropy(logits.float(), targets.gather(1, at)[wanted], reduction="sum")
+    hidden = model.hidden(batch.input_ids, at=at)[wanted]                                  # (label tokens, hidden)
+    return head_loss(model.lm_head, hidden, targets.gather(1, at)[wanted])
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Sum of −log softmax(head(h))[target], a float32 scalar.
+
+    Logits take 10 bytes for each entry of the vocabulary, and as much for their gradients: of 1,000 label tokens and a
+    vocabulary of 128,000, 2.6 GB.  So the tokens go through in chunks, each of whose logits are dropped, and computed again in
+    the backward.
+
+    Args: hidden: (n, hidden). targets: (n,) int64. chunk_bytes: of logits in float32 at a time.
+    Guarantee: the bits of one chunk where one is enough; else the sum's rounding (tests/test_loss.py).
+    """
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+    rows = max(1, chunk_bytes // (4 * getattr(head, "out_features", 1)))
+    if len(hidden) <= rows:
+        return loss(hidden, targets)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.stack([loss(*part) for part in parts]).sum()
+    return torch.stack([recompute(partial(loss, targets=wanted), part) for part, wanted in parts]).sum()
 
 
 @torch.no_grad()

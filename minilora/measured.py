@@ -78,8 +78,8 @@ def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int]:
     """Bytes of activations and of logits that one forward keeps or makes.
 
     Activations are what is kept until the head is done; with checkpointing, the inside of half a block as well.  Logits are the
-    head's result where it is 16-bit, and what the loss keeps of it, twice: in the forward beside its input, in the backward beside
-    its gradient.
+    head's result where it is 16-bit, and what the loss keeps of it, twice: in the forward beside its input, in the backward
+    beside its gradient.
     """
     seen: dict[str, int] = {}
     with kept_for_backward(model) as kept:

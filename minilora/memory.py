@@ -29,6 +29,7 @@ from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import FUSED_WEIGHTS
 from minilora.layers.qlora import is_target
 from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
+from minilora.loss import CHUNK_BYTES
 from minilora.optim.adamw import BLOCKSIZE_8BIT
 from minilora.optim.paged_adamw import SMALLEST_8BIT
 from minilora.quant.nf4 import NESTED_BLOCKSIZE
@@ -250,9 +251,11 @@ def largest_part(config: LlamaConfig, work: Workload) -> int:
 
 
 def logits_bytes(config: LlamaConfig, work: Workload) -> int:
-    """Logits of the label tokens in the compute type and in float32, and their log-softmax; as much for their gradients."""
+    """Logits of a chunk of label tokens (`loss.head_loss`) in the compute type and in float32, and their log-softmax; as much
+    for their gradients."""
     compute = work.compute.itemsize
-    return work.asked * config.vocab_size * (8 + (compute if compute < 4 else 0))
+    chunk = min(work.asked, max(1, CHUNK_BYTES // (4 * config.vocab_size)))
+    return chunk * config.vocab_size * (8 + (compute if compute < 4 else 0))
 
 
 def scratch_bytes(config: LlamaConfig, work: Workload) -> int:

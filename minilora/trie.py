@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from minilora.data.prompts import check_ids, encode_label
 from minilora.data.tables import MAX_LABELS
 from minilora.errors import ConfigError, DataError
-from minilora.generate import check_prompts, evaluation_mode
-from minilora.llama.cache import KVCache
+from minilora.generate import cache_for, check_prompts, evaluation_mode, shared_beginning
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
 from minilora.metrics import normalize_label
@@ -199,22 +198,27 @@ def _steps_by_tree(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeCh
     """log p(node | its parent) of every node: (B, nodes) float32; zero where it isn't needed."""
     batch, device = len(prompts), model.device
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)                          # (B,)
-    longest, last = max(map(len, prompts)), torch.arange(batch, device=device)
+    longest = max(map(len, prompts))
     prompt = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=device)   # (B, P), padded right
     window = model.config.sliding_windows[0] if model.config.sliding_windows else None
     room = longest + max(len(chunk.tokens) for chunk in chunks)
-    cache = KVCache(model.config, batch, room, model.dtype, device) if len(chunks) > 1 else None
+    shared = shared_beginning(prompts, model)
+    cache = cache_for(model, prompts[0][:shared], batch, room) if shared or len(chunks) > 1 else None
     steps = torch.zeros(batch, len(trie.tokens), device=device)
     for number, chunk in enumerate(chunks):
-        done = longest if number else 0             # columns that the cache holds already
+        done = longest if number else shared        # columns that the cache holds already
         input_ids = torch.cat((prompt, chunk.tokens.expand(batch, -1)), dim=1)                    # (B, P + K)
         positions = torch.cat((torch.arange(longest, device=device).expand(batch, -1), lengths[:, None] + chunk.depths), dim=1)
         if cache is not None and number:
             cache.length = longest                  # forget the chunk before, keep the prompt
-        hidden = model.hidden(input_ids[:, done:], _tree_mask(lengths, longest, chunk.visible, positions, window)[:, :, done:],
-                              positions[:, done:], cache)                                         # (B, P + K - done, hidden)
-        for slot, node in chunk.readers:
-            states = hidden[last, lengths - 1] if node == ROOT else hidden[:, longest - done + slot]
+        if not chunk.readers and len(chunks) == 1:
+            break                                   # one label: certain
+        read = [lengths - 1 - done if node == ROOT else torch.full_like(lengths, longest - done + slot)
+                for slot, node in chunk.readers]
+        at = torch.stack(read, dim=1) if read else None                                           # (B, readers)
+        mask = _tree_mask(lengths, longest, chunk.visible, positions, window)[:, :, done:]
+        hidden = model.hidden(input_ids[:, done:], mask, positions[:, done:], cache, at)          # (B, readers, hidden)
+        for states, (_, node) in zip(hidden.unbind(1) if read else (), chunk.readers, strict=True):
             tokens = [trie.tokens[child] for child in trie.children[node]]
             steps[:, trie.children[node]] = _next_log_probs(model, states, tokens, normalize)
     return steps

@@ -56,6 +56,28 @@ def test_answers_do_not_depend_on_the_batch(small: tuple[LlamaForCausalLM, Token
     assert generate_ids(model, tokenizer, PROMPTS[::-1], 16, batch_size=2) == alone[::-1]
 
 
+def test_a_shared_beginning_is_read_once_and_changes_no_answer(small: tuple[LlamaForCausalLM, Tokenizer],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = small
+    instruction = "Answer with a protocol. "
+    prompts = [instruction + prompt for prompt in PROMPTS]
+    alone = [plain_greedy(model, tokenizer.encode(prompt), tokenizer.eos_id, 8) for prompt in prompts]
+    read: list[int] = []
+    hidden = model.hidden
+
+    def counted(input_ids: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        read.append(input_ids.numel())
+        return hidden(input_ids, *rest, **named)        # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "hidden", counted)
+    assert generate_ids(model, tokenizer, prompts, 8, batch_size=6) == alone
+    lengths = [len(tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert read[:2] == [1 + len(instruction), 6 * (max(lengths) - 1)], "BOS and instruction of one, then the rest of each"
+    read.clear()
+    assert generate_ids(model, tokenizer, [instruction + "a"] * 2, 8) == [alone[0]] * 2
+    assert read[0] == 1 + len(instruction), "the last token of a prompt is its own: its state makes the first answer"
+
+
 def test_each_row_stops_at_its_own_end_token(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:
     model, tokenizer = small
     free = [plain_greedy(model, tokenizer.encode(prompt), None, 10) for prompt in PROMPTS]

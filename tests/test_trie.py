@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import minilora.trie
 from minilora.errors import CheckpointError, ConfigError, DataError
+from minilora.generate import SHARED_TOKENS, shared_beginning
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
-from minilora.trie import LabelTrie, Normalization, predict_labels, score_labels, tree_chunks
+from minilora.trie import CHUNK_NODES, LabelTrie, Normalization, predict_labels, score_labels, tree_chunks
 from tests.models import write_model
 
 LABELS = ["CT Abdomen", "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "CT Brain WO Contrast", "MRI Brain W WO Contrast",
@@ -52,8 +53,9 @@ def brute_force(model: LlamaForCausalLM, tokenizer: Tokenizer, labels: list[str]
     return (scores.log_softmax(-1) if normalize == "full" else scores).float()
 
 
-def check(model: LlamaForCausalLM, tokenizer: Tokenizer, labels: list[str], normalize: Normalization = "trie") -> None:
-    prompts = [tokenizer.encode(note) for note in NOTES]
+def check(model: LlamaForCausalLM, tokenizer: Tokenizer, labels: list[str], normalize: Normalization = "trie",
+          notes: list[str] = NOTES) -> None:
+    prompts = [tokenizer.encode(note) for note in notes]
     scores = score_labels(model, LabelTrie(labels, tokenizer), prompts, normalize=normalize)
     expected = torch.stack([brute_force(model, tokenizer, labels, prompt, normalize) for prompt in prompts])
     torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-5)
@@ -73,6 +75,16 @@ def test_a_trie_in_chunks_is_exact(small: tuple[LlamaForCausalLM, Tokenizer], no
     for size in (1, 3, 7):
         monkeypatch.setattr(minilora.trie, "CHUNK_NODES", size)
         check(*small, LABELS, normalize)
+
+
+@pytest.mark.parametrize("normalize", ["trie", "full"])
+def test_a_shared_beginning_is_exact(small: tuple[LlamaForCausalLM, Tokenizer], normalize: Normalization,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = ["Answer with a protocol. " + note for note in NOTES]
+    assert shared_beginning([small[1].encode(note) for note in notes], small[0]) > SHARED_TOKENS
+    for size in (3, CHUNK_NODES):
+        monkeypatch.setattr(minilora.trie, "CHUNK_NODES", size)
+        check(*small, LABELS, normalize, notes)
 
 
 def test_hundreds_of_labels_are_exact(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:

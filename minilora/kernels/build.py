@@ -1,9 +1,9 @@
 """Compile a C++ file once per user and machine, and load it: no build system, no binaries in the package.
 
-    library = load(source)          a second or two the first time, a millisecond after that
+    library = load(source)          about a second the first time, a millisecond after that
 
 The compiled file lies in ``$XDG_CACHE_HOME/minilora/kernels`` (else ``~/.cache/...``) under a hash of all that decides what it
-holds: source, flags, compiler, processor, OpenMP library.  Another machine, flag or source is another file.
+holds: source with what it includes, flags, compiler, processor, OpenMP library.  Another of any is another file.
 
 It is machine code that this process will run, so it is loaded only from a folder that belongs to the user and that nobody
 else may write to, and only if the SHA-256 at its end is that of the rest (loading half a file would kill the process).  It
@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi")       # why no contraction: see nf4_cpu.cpp
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-psabi")       # why no contraction: see nf4_blocks.h
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 NATIVE = ("-march=native",)         # the vector instructions of the machine that compiles, which is the one that runs
 DIGEST = 32                         # bytes of SHA-256
 
@@ -76,11 +78,17 @@ def _processor() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(found)])
 
 
+def _text(source: Path) -> str:
+    """The file, and behind it the files beside it that it includes, and those that they include."""
+    text = source.read_text(encoding="utf-8")
+    return "\0".join([text, *(_text(source.with_name(name)) for name in INCLUDE.findall(text))])
+
+
 def load(source: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
     """The library made of `source`, from the cache or compiled now.
 
     Args:
-        source: a C++ file. machine: flags that choose the instruction set.
+        source: a C++ file; what it includes in quotes lies beside it. machine: flags that choose the instruction set.
 
     Raises: BuildError: no compiler, it fails, or the cache folder is not to be used.
     """
@@ -89,7 +97,7 @@ def load(source: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
         raise BuildError("no C++ compiler is installed (c++)")
     openmp = openmp_library()
     compiler_state = Path(compiler).resolve().stat()
-    parts = [source.read_text(encoding="utf-8"), *FLAGS, *machine, _processor(), str(openmp), torch.__version__,
+    parts = [_text(source), *FLAGS, *machine, _processor(), str(openmp), torch.__version__,
              f"{compiler} {compiler_state.st_size} {compiler_state.st_mtime_ns}"]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     path = cache_folder() / f"{source.stem}-{key}.so"

@@ -1,4 +1,4 @@
-"""The vector code of `nf4_cpu.cpp`, called with tensors.
+"""The vector code of `nf4_cpu.cpp` and its headers, called with tensors.
 
 `kernel()` is the compiled library, or None where there is none: then the caller takes `reference`, which gives the same bits.
 Without a compiler that is so, and said once; ``MINILORA_KERNELS=reference`` asks for it.
@@ -24,7 +24,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to so many rows of x the fused product is faster than unpacking and torch's product, measured on two AMD EPYC cores with
 # AVX-512 (11008 × 4096: the lines cross at 112 rows of bfloat16 and 330 of float32); the other forms on the same machine.
 FUSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 96, torch.float32: 256},
-              "AVX-512": {torch.bfloat16: 12, torch.float32: 128}}
+              "AVX-512": {torch.bfloat16: 16, torch.float32: 128},
+              "AVX2": {torch.bfloat16: 8, torch.float32: 64}}
 FUSED_ROWS_ELSEWHERE = {torch.bfloat16: 3, torch.float32: 4}
 
 

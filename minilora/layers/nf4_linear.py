@@ -33,16 +33,16 @@ def _rebuilt(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(out=borrow(weight.shape, dtype, weight.device))
 
 
-def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """``x Ŵᵀ + b`` in x's dtype, which is the type Ŵ is rounded to; sums are taken in float32, and rounded once."""
+def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """``x Ŵᵀ + b``, transposed ``x Ŵ``, in x's dtype, the type Ŵ is rounded to; sums are taken in float32, and rounded once."""
     bias = None if bias is None else bias.to(x.dtype)
     # Under autocast the types are torch's to choose; of an x that doesn't fit torch says so.
-    if (prod(weight.shape) >= FUSED_WEIGHTS and x.shape[-1] == weight.shape[1] and x.numel()
-            and not torch.is_autocast_enabled("cpu")):
-        y = weight.fused_product(x.reshape(-1, x.shape[-1]), bias)
+    if (prod(weight.shape) >= FUSED_WEIGHTS and x.shape[-1] == weight.shape[0 if transposed else 1] and x.numel()
+            and weight.device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(weight.device.type)):
+        y = weight.fused_product(x.reshape(-1, x.shape[-1]), bias, transposed)
         if y is not None:
             return y.view(*x.shape[:-1], -1)
-    return F.linear(x, _rebuilt(weight, x.dtype), bias)
+    return x @ _rebuilt(weight, x.dtype) if transposed else F.linear(x, _rebuilt(weight, x.dtype), bias)
 
 
 class NF4Product(torch.autograd.Function):
@@ -52,7 +52,7 @@ class NF4Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         """x: (..., in), weight: (out, in), bias: (out,) or None -> (..., out), in x's dtype; transposed the other way."""
         ctx.weight, ctx.transposed = weight, transposed
-        return x @ _rebuilt(weight, x.dtype) if transposed else _product(x, weight, bias)
+        return _product(x, weight, bias, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -158,6 +158,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype, which is the compute type."""
+        if not torch.is_grad_enabled():         # a function of autograd costs as long as a small product
+            return _product(x, self.quantized, self.bias)
         return NF4Product.apply(x, self.quantized, self.bias, False)
 
     @property

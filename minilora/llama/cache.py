@@ -38,6 +38,12 @@ class KVCache:
         self.values[layer, :, :, self.length : stop] = v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
+    def start_with(self, shared: KVCache) -> None:
+        """Begin every sequence with the tokens of a cache of one."""
+        self.length = shared.length
+        self.keys[:, :, :, : self.length] = shared.keys[:, :, :, : self.length]
+        self.values[:, :, :, : self.length] = shared.values[:, :, :, : self.length]
+
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has appended."""
         self.length += tokens

@@ -99,15 +99,19 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up if fast is None else fast.swiglu(gate, up)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
+    rotated[..., half:].add_(x[..., :half] * sin[..., half:])
+    return rotated
+
+
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        rotated = x * cos
-        rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
-        rotated[..., half:].add_(x[..., :half] * sin[..., half:])
-        return rotated
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -119,7 +123,7 @@ class _Rotation(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + d/2) of x, (B, H, T, d), by angles whose cosines and sines, (B, 1, T, d), are the same in both
     halves."""
-    return _Rotation.apply(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if x.requires_grad else _rotate(x, cos, sin)
 
 
 class _FastAttention(torch.autograd.Function):
@@ -155,12 +159,28 @@ class _CausalAttention(torch.autograd.Function):
         return tuple(grad.to(q.dtype) for grad in found)
 
 
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attention` of one position a sequence, as in decoding: two small products, in float32.
+
+    Heads that share keys are rows of one matrix.  Trap: torch's flash attention takes heads one by one, and unpacks 16-bit
+    keys anew for each: thirteen times as long for 16 sequences and 8 heads a key (torch 2.13).
+    """
+    batch, heads, _, width = q.shape
+    shared = q.float().view(batch, k.shape[1], -1, width)                                  # (B, Hkv, H / Hkv, d)
+    scores = (shared @ k.float().transpose(-1, -2)) * width ** -0.5                        # (B, Hkv, H / Hkv, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype).view(batch, heads, 1, width)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own.
 
     Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S) or None.
     Returns: (B, H, T, d); on a CPU where gradients are wanted in float32, but for heads that `kernels.block` takes.
     """
+    if q.shape[2] == 1 and q.device.type == "cpu" and q.dtype != torch.float32 and not q.requires_grad:
+        return _one_query(q, k, v, mask)
     causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     fast = block.kernel() if causal and block.takes_attention(q, k, v) else None
     if fast is not None:

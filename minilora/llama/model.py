@@ -68,8 +68,9 @@ class LlamaAttention(nn.Module):
         k = rotate(k, cos, sin)
         if at is not None:
             cos, sin = take(cos[:, 0], at)[:, None], take(sin[:, 0], at)[:, None]          # (B, 1, L, d)
-            mask = torch.arange(length, device=x.device) <= at[:, None, :, None] if mask is None else \
-                take(mask.expand(batch, -1, -1, -1)[:, 0], at)[:, None]                    # (B, 1, L, T)
+            past = 0 if cache is None else cache.length
+            mask = torch.arange(past + length, device=x.device) <= past + at[:, None, :, None] if mask is None else \
+                take(mask.expand(batch, -1, -1, -1)[:, 0], at)[:, None]                    # (B, 1, L, S)
         q = rotate(q, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
@@ -177,7 +178,7 @@ class LlamaForCausalLM(nn.Module):
             position_ids: (B, T); default the count of real tokens before each.
             cache: keys and values of earlier tokens; this call's are appended.
             at: (B, L) int64, the columns of input_ids whose states are wanted, where not all are: the last block then makes
-                queries and its MLP there alone.  Not with a cache.
+                queries and its MLP there alone.
 
         Returns: (B, T, hidden), or (B, L, hidden).
         Raises:
@@ -195,8 +196,8 @@ class LlamaForCausalLM(nn.Module):
                 position_ids = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)[:, past:]
             else:
                 position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
-        if at is not None and (cache is not None or at.dim() != 2 or at.shape[0] != batch):
-            raise ConfigError(f"at must be an int64 tensor ({batch}, positions), without a cache, not {tuple(at.shape)}")
+        if at is not None and (at.dim() != 2 or at.shape[0] != batch):
+            raise ConfigError(f"at must be an int64 tensor ({batch}, positions), not {tuple(at.shape)}")
         masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
         x = self.model.embed_tokens(input_ids)                                             # (B, T, hidden)
         cos, sin = rotation(position_ids, inverse_frequencies(self.config, x.device), x.dtype)
@@ -211,8 +212,9 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Logits: (B, T, vocab), or (B, 1, vocab) with `last_only`; arguments as in `hidden`."""
-        x = self.hidden(input_ids, attention_mask, position_ids, cache)
-        return self.lm_head(x[:, -1:] if last_only else x)
+        at = torch.full((len(input_ids), 1), input_ids.shape[1] - 1, device=input_ids.device) \
+            if last_only and input_ids.dim() == 2 and input_ids.shape[1] > 1 else None
+        return self.lm_head(self.hidden(input_ids, attention_mask, position_ids, cache, at))
 
 
 def _check_ids(input_ids: Tensor, rows: int) -> None:

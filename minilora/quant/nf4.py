@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor
 
 from minilora.errors import QuantizationError
-from minilora.kernels import cpu, reference
+from minilora.kernels import cpu, gpu, reference
 from minilora.quant.blockwise import dequantize_blockwise, flat, flat_finite, quantize_blockwise
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE, NF4_ZERO
 
@@ -154,35 +155,42 @@ class NF4Tensor:
                                     f"{self.device}, found {out.dtype} {tuple(out.shape)} on {out.device}")
         kernel = _kernel(self.device, out.dtype)
         if kernel is not None:
-            kernel.dequantize(self.packed, self._constants(), NF4_CODE, self.blocksize, out)
+            kernel.dequantize(*self.for_kernel(), out)
         else:
-            reference.dequantize_packed(self.packed.view(-1), self.absmax, NF4_CODE.to(self.device), self.blocksize,
+            reference.dequantize_packed(self.packed.view(-1), self.absmax, _tables(self.device)[0], self.blocksize,
                                         out.detach().view(-1))
         return out
 
-    def fused_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """``x Ŵᵀ + b`` for a few rows of x, Ŵ being rebuilt in registers and never written to memory.
+    def fused_product(self, x: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
+        """``x Ŵᵀ + b``, or transposed ``x Ŵ``, for a few rows of x, Ŵ being rebuilt in registers and never written to memory.
 
         Args:
-            x: (rows, in) float32 or bfloat16. bias: (out,) or None. The tensor is a matrix (out, in).
+            x: (rows, in), transposed (rows, out), floating. bias: (out,) or None; none with `transposed`.
+                The tensor is a matrix (out, in).
 
-        Returns: (rows, out) in x's dtype, or None where there is no kernel for it, or `dequantize` and torch's product are
-            faster.
+        Returns: (rows, out), or (rows, in), in x's dtype; or None where there is no kernel for it, or `dequantize` and torch's
+            product are faster.
         Guarantee: Ŵ is rounded to x's dtype as `dequantize` does; sums are taken in float32 and rounded once
-            (tests/kernels/test_product.py states the bound).
+            (tests/kernels/test_product.py and test_gpu.py state the bounds).
         """
         kernel = _kernel(self.device, x.dtype)
-        if kernel is None or x.device != self.device or len(x) > kernel.fused_rows.get(x.dtype, 0):
+        if (kernel is None or x.device != self.device or len(x) > kernel.fused_rows.get(x.dtype, 0)
+                or (transposed and not isinstance(kernel, gpu.Kernel))):
             return None
-        bias = None if bias is None else bias.detach().float().contiguous()
-        return kernel.product(x.detach().contiguous(), self.packed, self._constants(), NF4_CODE, self.blocksize, self.shape[0],
-                              bias)
+        weight, x = self.for_kernel(), x.detach().contiguous()
+        if transposed and isinstance(kernel, gpu.Kernel):
+            return kernel.product_transposed(x, *weight, self.shape[1])
+        return kernel.product(x, *weight, self.shape[0], None if bias is None else bias.detach().float().contiguous())
+
+    def for_kernel(self) -> tuple[Tensor, cpu.Constants, Tensor, int]:
+        """What every kernel takes of it: packed codes, constants as they are stored, the table, the block size."""
+        return self.packed, self._constants(), _tables(self.device)[0], self.blocksize
 
     def _constants(self) -> cpu.Constants:
         if self.nested is None:
             return cpu.Constants(absmax=self.absmax.float().contiguous())
-        return cpu.Constants(None, self.nested.codes.contiguous(), DYNAMIC_8BIT, self.nested.absmax.float().contiguous(),
-                             self.nested.offset, self.nested.blocksize)
+        return cpu.Constants(None, self.nested.codes.contiguous(), _tables(self.device)[1],
+                             self.nested.absmax.float().contiguous(), self.nested.offset, self.nested.blocksize)
 
     def codes(self) -> Tensor:
         """(n,) uint8 indices into `NF4_CODE`, unpacked."""
@@ -211,7 +219,7 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
     """
     flat_n = flat(w, blocksize)
     kernel = _kernel(flat_n.device, flat_n.dtype)
-    made = kernel.quantize(flat_n, NF4_CODE, blocksize, NF4_ZERO) if kernel else None
+    made = kernel.quantize(flat_n, NF4_CODE, blocksize, NF4_ZERO) if isinstance(kernel, cpu.Kernel) else None
     if made is None:        # no kernel for it, or a number that is not finite, which `flat_finite` names
         codes, absmax = reference.quantize_blocks(flat_finite(w, blocksize), NF4_CODE.to(w.device), blocksize)
         made = reference.pack_nibbles(codes, padding=NF4_ZERO), absmax
@@ -220,9 +228,20 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
     return NF4Tensor(packed, w.shape, w.dtype, blocksize, None if double_quant else absmax, nested)
 
 
-def _kernel(device: torch.device, dtype: torch.dtype) -> cpu.Kernel | None:
-    """The vector code for numbers of this type on this device, or None: then the reference does it."""
-    return cpu.kernel() if device.type == "cpu" and dtype in cpu.KINDS else None
+def _kernel(device: torch.device, dtype: torch.dtype) -> cpu.Kernel | gpu.Kernel | None:
+    """The fast code for numbers of this type on this device, or None: then the reference does it."""
+    if dtype not in cpu.KINDS:
+        return None
+    if device.type == "cuda":
+        return gpu.kernel(device)
+    return cpu.kernel() if device.type == "cpu" else None
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """`NF4_CODE` and `DYNAMIC_8BIT` on a device, brought there once: each copy from the host would be waited for."""
+    with torch.inference_mode(False):       # a tensor born in inference mode could not be used outside it
+        return NF4_CODE.to(device), DYNAMIC_8BIT.to(device)
 
 
 def as_shape(shape: Sequence[int]) -> torch.Size:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,24 @@ def test_another_source_or_instruction_set_is_another_file(source: Path) -> None
     build.load(source, ("-O1",))
     source.write_text(SOURCE.replace("42", "43"))
     assert build.load(source).answer() == 43 and len(compiled()) == 3
+
+
+def test_a_change_in_an_included_file_is_another_file(source: Path) -> None:
+    source.write_text('#include "first.h"\n' + SOURCE.replace("42", "NUMBER"))
+    source.with_name("first.h").write_text('#include <cstdint>\n#include "second.h"\n')
+    for number in (42, 43):
+        source.with_name("second.h").write_text(f"#define NUMBER {number}\n")
+        assert build.load(source).answer() == number
+    assert len(compiled()) == 2
+
+
+def test_every_file_the_kernel_includes_is_shipped() -> None:
+    """Its name ends as package-data says, and what it includes lies beside it."""
+    kernels = Path(build.__file__).parent
+    rules = re.findall(r'"kernels/\*(\.\w+)"', (kernels.parents[1] / "pyproject.toml").read_text())
+    for file in (*kernels.glob("*.cpp"), *kernels.glob("*.h")):
+        assert file.suffix in rules
+        assert [name for name in build.INCLUDE.findall(file.read_text()) if not (kernels / name).is_file()] == []
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "one byte", "text"])

@@ -334,8 +334,16 @@ def test_positions_that_do_not_fit_are_refused() -> None:
     model = make()
     with pytest.raises(ConfigError, match="at must be"):
         model.hidden(ids(2, 5), at=torch.zeros(3, 1, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="at must be"):
-        model.hidden(ids(2, 5), cache=cached(model, 2, 8), at=torch.zeros(2, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_positions_behind_a_cache_are_counted_from_its_end(new: int) -> None:
+    model, tokens = make().double(), ids(2, 9)
+    full = model.hidden(tokens)
+    cache = cached(model, 2, 9)
+    model.hidden(tokens[:, :-new], cache=cache)
+    at = torch.tensor([[new - 1, 0], [0, new // 2]])
+    same(model.hidden(tokens[:, -new:], cache=cache, at=at), take(full, at + 9 - new))
 
 
 def test_training_on_the_cpu_attends_in_float32_and_answers_in_its_own_type() -> None:

@@ -1,0 +1,250 @@
+"""The Triton kernels of `nf4_triton.py`, called with tensors on a GPU.
+
+`kernel(device)` launches them, or is None where there are none: then the caller takes `reference`, which gives the same bits of
+a weight.  Triton comes with torch's CUDA builds on Linux; where it is missing, or fails, that is so and said once;
+``MINILORA_KERNELS=reference`` asks for it.  Nothing of Triton is imported before the first tensor on a GPU.
+
+    dequantize         packed codes and nested constants -> W, one kernel
+    product            x Wᵀ + b    W rebuilt in registers, tile by tile, and never written to memory
+    product_transposed g W         the same for backward
+
+Tables and buffers are handed in, as for `cpu`: this room knows no codebook.
+"""
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minilora.kernels import reference
+from minilora.kernels.cpu import KINDS, Constants
+
+# Why no fusion: see nf4_triton.py.  In the products it costs an instruction an element, and keeps their weights those of
+# `dequantize`.
+OPTIONS = {"enable_fp_fusion": False}
+LONGEST_RUN = 64
+TILE = 4096                         # weights that a program holds at a time: 32 a thread, whose codes are one read of 16 bytes
+# Up to so many rows of x the product rebuilds W in registers; above, each further 128 rows would rebuild it once more, and
+# unpacking it once for torch's product is cheaper.  An estimate from bytes and instructions, for a GPU to correct
+# (`bench_gpu.crossing`); float32 has no tensor cores at full precision, so its line comes sooner.
+FUSED_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
+# Before Ampere Triton multiplies 16-bit matrices without tensor cores and with registers spilt; torch does better.
+TENSOR_CORES = (8, 0)
+FUSED_ROWS_WITHOUT = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 32}
+
+
+class Tiles(NamedTuple):
+    """What a program of a product works on at a time: rows of x, and rows and columns of W."""
+
+    rows: int
+    out: int
+    columns: int
+
+
+def tiles(rows: int, transposed: bool, dtype: torch.dtype) -> Tiles:
+    """The tiles for so many rows of x: a fixed choice, so that a sum never depends on what was measured.
+
+    With few rows the weight's bytes decide, and narrow tiles of y make more programs to read them at once (4096 features: 128);
+    with more rows a square tile serves more of them each time that it is rebuilt.
+    """
+    if rows <= 32:
+        few = 16 if rows <= 16 else 32
+        return Tiles(few, 128, 32) if transposed else Tiles(few, 32, 128)
+    return Tiles(64 if rows <= 64 or dtype == torch.float32 else 128, 64, 64)
+
+
+def run_length(*sizes: int, longest: int = LONGEST_RUN) -> int:
+    """The largest power of two that divides every size, up to `longest` (a power of two)."""
+    union = longest
+    for size in sizes:
+        union |= size
+    return union & -union
+
+
+class Kernel:
+    """The Triton kernels, for a GPU or for Triton's interpreter.
+
+    Args: tensor_cores: whether Triton has them for 16-bit products (`TENSOR_CORES`).
+    Raises: ImportError: Triton is not installed.
+    """
+
+    machine = "Triton"
+
+    def __init__(self, tensor_cores: bool = True) -> None:
+        from minilora.kernels import nf4_triton
+        self._programs: ModuleType = nf4_triton
+        self.fused_rows = FUSED_ROWS if tensor_cores else FUSED_ROWS_WITHOUT
+
+    def dequantize(self, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
+        """Unpack, look up, scale and round in one kernel, the constants decoded on the way.
+
+        Args:
+            packed: (ceil(n / 2),) uint8. code: (16,) float32. Both, and the constants, on the device of `out`.
+            out: n elements, contiguous, float32, bfloat16 or float16.
+
+        Returns: out.
+        Raises: ValueError: a tensor has another type, size, layout or device.
+        Guarantee: the bits of `reference.dequantize_packed` (tests/kernels/test_gpu.py); NaN is NaN, of any payload.
+        """
+        n = out.numel()
+        weight, sizes = _weight(packed, constants, code, blocksize, n, _checked(out, out.device, *KINDS).device)
+        if n:
+            run = run_length(sizes["BLOCKSIZE"])
+            self._launch("dequantize", (-(-n // TILE),), out.detach(), n, *weight, **sizes, RUN=run, SHORT=n % run != 0,
+                         TILE=TILE)
+        return out
+
+    def product(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out_features: int,
+                bias: Tensor | None = None) -> Tensor:
+        """``x Wᵀ + bias`` without W in memory.
+
+        Args:
+            x: (rows, in) float32, bfloat16 or float16, contiguous. packed: the codes of W (out, in).
+            bias: (out,) float32 or None.
+
+        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type; products are summed in float32, and
+            the result is rounded once.
+        Raises: ValueError: a tensor has another type, size, layout or device.
+        Guarantee: off the exact sum of those products by at most (in + 2) · 2⁻²⁴ · (Σ|x w| + |bias|) before the one rounding,
+            for one row and for float32; for more rows of 16 bits four times that, as tensor cores cut where they should round
+            (tests/kernels/test_gpu.py).  A row's result does not depend on its neighbours' values.
+        """
+        rows, in_features = x.shape
+        weight, sizes = _weight(packed, constants, code, blocksize, out_features * in_features, x.device)
+        bias = None if bias is None else _checked(bias, x.device, torch.float32, count=out_features)
+        y = torch.empty(rows, out_features, dtype=_checked(x, x.device, *KINDS).dtype, device=x.device)
+        if rows != 1:
+            return self._product(x, y, bias, out_features, in_features, weight, sizes, transposed=False)
+        columns = max(LONGEST_RUN, min(1024, 1 << (in_features - 1).bit_length()))
+        out = TILE // columns
+        self._launch("row_product", (-(-out_features // out),), y, x, x if bias is None else bias, out_features, in_features,
+                     *weight, **sizes, RUN=run_length(sizes["BLOCKSIZE"], in_features), BIAS=bias is not None, OUT=out,
+                     IN=columns)
+        return y
+
+    def product_transposed(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int,
+                           in_features: int) -> Tensor:
+        """``x W``, the way of a gradient: (rows, out) -> (rows, in); the rest as in `product`, with `out` terms to a sum."""
+        rows, out_features = x.shape
+        weight, sizes = _weight(packed, constants, code, blocksize, out_features * in_features, x.device)
+        y = torch.empty(rows, in_features, dtype=_checked(x, x.device, *KINDS).dtype, device=x.device)
+        return self._product(x, y, None, out_features, in_features, weight, sizes, transposed=True)
+
+    def _product(self, x: Tensor, y: Tensor, bias: Tensor | None, out_features: int, in_features: int,
+                 weight: tuple[Tensor | float, ...], sizes: dict[str, int], transposed: bool) -> Tensor:
+        rows, features = y.shape
+        tile = tiles(rows, transposed, x.dtype)
+        if y.numel():
+            run = run_length(sizes["BLOCKSIZE"], in_features, longest=min(LONGEST_RUN, tile.columns))
+            # Bytes that are read one by one are fetched ahead as addresses: three steps of them fill the shared memory.
+            self._launch("product", (-(-features // (tile.columns if transposed else tile.out)), -(-rows // tile.rows)),
+                         y, x, x if bias is None else bias, rows, out_features, in_features, *weight, **sizes,
+                         RUN=run, BIAS=bias is not None, TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out, IN=tile.columns,
+                         num_stages=1 if run == 1 else 3)
+        return y
+
+    def _launch(self, name: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **sizes: Any) -> None:
+        """Run a kernel on the device of `out`.  Trap: Triton launches on the current one, wherever its arguments lie."""
+        on_device: AbstractContextManager[Any] = torch.cuda.device(out.device) if out.is_cuda else nullcontext()
+        with on_device:
+            getattr(self._programs, name)[grid](out, *arguments, **sizes, **OPTIONS)
+
+
+def _checked(tensor: Tensor, device: torch.device, *dtypes: torch.dtype, count: int | None = None) -> Tensor:
+    """The tensor; a kernel believes what it is told, so a wrong type, size or gap between elements stops here."""
+    if (tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.device != device
+            or (count is not None and tensor.numel() != count)):
+        wanted = f"{'' if count is None else f'{count} '}contiguous {' or '.join(map(str, dtypes))} on {device}"
+        raise ValueError(f"the kernel takes {wanted}, not {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} "
+                         f"on {tensor.device}")
+    return tensor
+
+
+def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int,
+            device: torch.device) -> tuple[tuple[Tensor | float, ...], dict[str, int]]:
+    """The arguments that describe a weight of n elements to every kernel, and the sizes that they are compiled for."""
+    # A block longer than the tensor is as long: 64 bits are not Python's integers, and a power of two keeps runs long.
+    blocksize = min(blocksize, 1 << n.bit_length())
+    blocks = -(-n // blocksize)
+    _checked(packed, device, torch.uint8, count=(n + 1) // 2)
+    _checked(code, device, torch.float32, count=16)
+    if constants.absmax is not None:
+        absmax = _checked(constants.absmax, device, torch.float32, count=blocks)
+        return (packed, code, absmax, code, code, 0.0), {"BLOCKSIZE": blocksize, "NESTED": 0}
+    if constants.codes is None or constants.dynamic is None or constants.nested is None:
+        raise ValueError("block constants are float32, or codes with a map and nested constants: found neither")
+    nested_blocksize = min(constants.blocksize, 1 << blocks.bit_length())
+    codes = _checked(constants.codes, device, torch.uint8, count=blocks)
+    dynamic = _checked(constants.dynamic, device, torch.float32, count=256)
+    nested = _checked(constants.nested, device, torch.float32, count=-(-blocks // nested_blocksize))
+    return (packed, code, codes, dynamic, nested, constants.offset), {"BLOCKSIZE": blocksize, "NESTED": nested_blocksize}
+
+
+_lock = threading.Lock()
+_tried: dict[torch.device, Kernel | None] = {}
+
+
+def kernel(device: torch.device) -> Kernel | None:
+    """The kernels for this GPU, tried out at the first call, or None.
+
+    Where there are none a warning says why, once; with ``MINILORA_KERNELS=reference`` none are wanted, and nothing is said.
+    """
+    if device not in _tried:
+        with _lock:
+            if device not in _tried:
+                _tried[device] = _make(device)
+    return _tried[device]
+
+
+def _make(device: torch.device) -> Kernel | None:
+    if os.environ.get("MINILORA_KERNELS") == "reference":
+        return None
+    try:
+        made = Kernel(tensor_cores=torch.cuda.get_device_capability(device) >= TENSOR_CORES)
+        prove(made, device)
+        return made
+    except torch.cuda.OutOfMemoryError:
+        raise                       # says nothing of the kernels, and the trainer knows what to do
+    except Exception as error:      # whatever Triton, its compilers and the driver raise: the reference needs none of them
+        if None not in _tried.values():
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            warnings.warn(f"4-bit weights take the slow path in plain torch on the GPU: {reason:.200}", RuntimeWarning,
+                          stacklevel=4)
+        return None
+
+
+def prove(kernel: Kernel, device: torch.device) -> None:
+    """Unpack a matrix on the device and on the CPU, and multiply unit vectors by it, which gives its rows and columns.
+
+    A compiler that fuses operations, or rounds otherwise, or fails at one of the kernels, is found here.
+    Raises: RuntimeError: the bits differ; or what Triton raises.
+    """
+    shape = out_features, in_features = 512, 128
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (1 << 15,), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(0, 256, (1 << 10,), dtype=torch.uint8, generator=generator)
+    table, dynamic, nested = (torch.randn(count, generator=generator) for count in (16, 256, 4))
+    absmax = reference.dequantize_blocks(codes, nested, dynamic, 256) + 0.3
+    constants = Constants(None, codes.to(device), dynamic.to(device), nested.to(device), 0.3)
+    weight = packed.to(device), constants, table.to(device), 64
+    # In one type: each further one would compile three kernels more.
+    multiplied = torch.bfloat16 if kernel.fused_rows[torch.bfloat16] > 1 else torch.float32
+    for dtype in KINDS:
+        w = torch.empty(shape, dtype=dtype)
+        reference.dequantize_packed(packed, absmax, table, 64, w.view(-1))
+        found = [kernel.dequantize(*weight, torch.empty_like(w, device=device))]
+        expected = [w]
+        if dtype == multiplied:
+            unit = torch.eye(out_features, dtype=dtype, device=device)
+            rows = unit[:in_features, :in_features].contiguous()
+            found += [kernel.product(rows[:1], *weight, out_features), kernel.product(rows[:16], *weight, out_features),
+                      kernel.product_transposed(unit[:16], *weight, in_features)]
+            expected += [w[:, :1].T, w[:, :16].T, w[:16]]
+        if not all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True)):
+            raise RuntimeError(f"Triton's kernels do not give the reference's bits in {dtype}")

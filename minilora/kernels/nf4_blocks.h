@@ -1,0 +1,231 @@
+// NF4's blocks: unpack them, and quantize to them, equal to reference.py to the bit.
+//
+//     weight[i] = code[nibble i] * absmax[i / blocksize]           packed[i / 2] holds two nibbles, the even i in the high one
+//
+// All weights of a block share absmax, so the table of sixteen is scaled (and rounded to 16 bits, if so wanted) once a block,
+// sixteen products in place of sixty-four, and holds the finished weights; quantizing walks a binary search over the fifteen
+// midpoints by the same lookups, four steps for a register of values.
+//
+// Trap: floating-point contraction must be off (-ffp-contract=off).  The reference rounds after the product and again after
+// the sum in `dynamic[code] * nested + offset`; a fused multiply-add there would be another absmax.
+
+#include "nf4_vectors.h"
+
+namespace {
+
+// -------------------------------------------------------------------------------------------------------------------- threads
+
+// Fewer weights than this are done in some 10 µs: less than other threads would take to wake, on a machine with other work.
+const int64_t ALONE = 1 << 18;
+
+// The parts of 0 … count that are worth a thread, each thread's part fixed by its number: results don't depend on timing.
+// Trap: the team must be torch's own (build.py links its OpenMP library), and as large.  A second team beside it, or one that
+// changes its size, makes the threads of both sleep between operations, and all arithmetic of the program takes twice as long.
+template <class Body> void parallel(int threads, int64_t count, Body body) {
+    if (threads > count) threads = count > 0 ? (int)count : 1;
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int t = 0; t < threads; ++t) body(count * t / threads, count * (t + 1) / threads);
+        return;
+    }
+#endif
+    body((int64_t)0, count);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Uninitialized memory for one call, at the start of a cache line (a vector that straddles two costs two loads).
+template <class T> struct Scratch {
+    T* data;
+    explicit Scratch(int64_t count) : data((T*)aligned_alloc(64, ceil_div(count * (int64_t)sizeof(T), 64) * 64)) {
+        if (!data) abort();
+    }
+    ~Scratch() { free(data); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------------------- unpack
+
+// A packed weight as cpu.py hands it over (`Packed` there has the same fields in the same order).
+struct Packed {
+    const uint8_t* packed;
+    const float* code;                  // 16
+    int64_t n, blocksize;
+    const float* absmax;                // float32 per block, or null where the next fields hold it in 8 bits a block
+    const uint8_t* nested_codes;
+    const float* dynamic;               // 256
+    const float* nested_absmax;
+    int64_t nested_blocksize;
+    float offset;
+};
+
+namespace {
+
+// The float32 constants of blocks first … first + count.
+void decode_absmax(const Packed& w, int64_t first, int64_t count, float* out) {
+    if (w.absmax) {
+        memcpy(out, w.absmax + first, count * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < count;) {
+        int64_t group = (first + i) / w.nested_blocksize;
+        int64_t stop = smaller(count, (group + 1) * w.nested_blocksize - first);
+        const float scale = w.nested_absmax[group], offset = w.offset, *dynamic = w.dynamic;    // the compiler can't know that
+        const uint8_t* codes = w.nested_codes + first;                                          // `out` changes none of them
+        for (; i < stop; ++i) out[i] = dynamic[codes[i]] * scale + offset;
+    }
+}
+
+// A block's sixteen weights in the output's type, each in 32 bits; 16-bit ones stand in both halves.
+template <int KIND> INLINE Table scaled_table(const Table& code, float absmax) {
+    Table table;
+    UNROLL for (int i = 0; i < PARTS; ++i) {
+        Floats part = (Floats)code.part[i] * absmax;
+        if (KIND == FLOAT32) {
+            table.part[i] = (Words)part;
+        } else {
+            Words half = KIND == BFLOAT16 ? to_bfloat16(part) : to_float16(part);
+            table.part[i] = half | half << 16;
+        }
+    }
+    return table;
+}
+
+template <int KIND> struct Stored { typedef uint16_t type; };
+template <> struct Stored<FLOAT32> { typedef uint32_t type; };
+
+// A register of weights from the bytes at `from`.
+template <int KIND> INLINE Words unpack_register(const Table& table, const uint8_t* from) {
+    return KIND == FLOAT32 ? lookup_in_order(table, from) : lookup_halves_in_order(table, from);
+}
+
+// Weights first … last of one block to `out`; they may start and end within a byte, and end within a register.
+template <int KIND, class T>
+__attribute__((noinline)) void unpack_piece(const Table& table, const uint8_t* packed, int64_t first, int64_t last, T* out) {
+    const int64_t STEP = WIDTH / sizeof(T);
+    if (first % 2) *out++ = (T)entry(table, packed[first++ / 2] & 15);
+    for (; first + STEP <= last; first += STEP, out += STEP) store(out, unpack_register<KIND>(table, packed + first / 2));
+    for (; first + 1 < last; first += 2) {
+        *out++ = (T)entry(table, packed[first / 2] >> 4);
+        *out++ = (T)entry(table, packed[first / 2] & 15);
+    }
+    if (first < last) *out++ = (T)entry(table, packed[first / 2] >> 4);
+}
+
+// Weights first … last of the flattened tensor to `out`, whatever blocks they lie in; `past_cache` where `out` starts a line.
+template <int KIND, class T = typename Stored<KIND>::type>
+void unpack(const Packed& w, int64_t first, int64_t last, T* out, bool past_cache = false) {
+    const int64_t AT_ONCE = 128, STEP = WIDTH / sizeof(T), blocksize = w.blocksize;
+    const uint8_t* packed = w.packed;
+    const Table code = load_table(w.code);
+    const bool whole = blocksize % STEP == 0 && first % blocksize == 0;         // blocks are whole registers, but for the last
+    float absmax[AT_ONCE];
+    for (int64_t block = first / blocksize; first < last; block += AT_ONCE) {
+        int64_t blocks = smaller(AT_ONCE, (last - 1) / blocksize + 1 - block);
+        decode_absmax(w, block, blocks, absmax);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const Table table = scaled_table<KIND>(code, absmax[b]);
+            int64_t stop = smaller(last, (block + b + 1) * blocksize);
+            __builtin_prefetch(packed + first / 2 + 1024);
+            if (whole && stop - first == blocksize && past_cache)
+                for (int64_t i = 0; i < blocksize; i += STEP)
+                    store_past_cache(out + i, unpack_register<KIND>(table, packed + first / 2 + i / 2));
+            else if (whole && stop - first == blocksize)
+                for (int64_t i = 0; i < blocksize; i += STEP)
+                    store(out + i, unpack_register<KIND>(table, packed + first / 2 + i / 2));
+            else
+                unpack_piece<KIND>(table, packed, first, stop, out);
+            out += stop - first;
+            first = stop;
+        }
+    }
+}
+
+template <int KIND> void unpack_all(const Packed& w, void* out, int threads) {
+    typedef typename Stored<KIND>::type T;
+    const int64_t PART = 4096;                      // a thread's part starts at a multiple of it: at a byte, at a cache line
+    const int64_t LARGE = 64 << 20;                 // bytes that no cache holds until they are read
+    bool past_cache = w.n * (int64_t)sizeof(T) >= LARGE && (uintptr_t)out % 64 == 0;
+    parallel(w.n < ALONE ? 1 : threads, ceil_div(w.n, PART), [&](int64_t from, int64_t to) {
+        unpack<KIND>(w, from * PART, smaller(to * PART, w.n), (T*)out + from * PART, past_cache);
+        stores_are_seen();
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------------- quantize
+
+// Count the midpoints below each value: the index of the nearest entry, a value on a midpoint staying with the lower one.
+INLINE Words nearest(Floats value, const Table& midpoints, float middle) {
+    Words index = (Words)(value > middle) & 8;
+    index += (Words)(value > (Floats)lookup(midpoints, index + 3)) & 4;
+    index += (Words)(value > (Floats)lookup(midpoints, index + 1)) & 2;
+    return index + ((Words)(value > (Floats)lookup(midpoints, index)) & 1);
+}
+
+template <int KIND> INLINE Floats load_some(const void* x, int64_t i, int64_t count) {      // zeros behind the last
+    const int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+    char buffer[WIDTH] = {};
+    memcpy(buffer, (const char*)x + i * SIZE, count * SIZE);
+    return load_floats<KIND>(buffer, 0);
+}
+
+// Blocks that start with element `first`, an even one, and end before `last`; false where a number is not finite.
+template <int KIND> bool quantize(const void* x, int64_t first, int64_t last, const float* between, int64_t blocksize,
+                                  float* absmax, uint8_t* packed) {
+    const Table midpoints = load_table(between);
+    const float middle = between[7];
+    uint32_t worst = 0;
+    for (int64_t block = first / blocksize; first < last; ++block) {
+        int64_t stop = smaller(last, (block + 1) * blocksize), i = first;
+        // Without their signs float32 numbers are ordered as their bits are, with infinity and NaN on top.
+        Ints size = {};
+        for (; i < stop; i += LANES) {
+            Floats v = stop - i < LANES ? load_some<KIND>(x, i, stop - i) : load_floats<KIND>(x, i);
+            Ints bits = (Ints)v & 0x7fffffff;
+            size = bits > size ? bits : size;
+        }
+        uint32_t largest = 0, sizes[LANES];
+        store(sizes, size);
+        for (int lane = 0; lane < LANES; ++lane) largest = sizes[lane] > largest ? sizes[lane] : largest;
+        worst = largest > worst ? largest : worst;
+        memcpy(absmax + block, &largest, sizeof largest);
+        float scaled_by = absmax[block] > 1e-38f ? absmax[block] : 1e-38f;      // reference.SMALLEST_SCALED_ABSMAX
+        Floats inverse = Floats{} + 1 / scaled_by;
+        for (i = first; i < stop && i % 2; ++i)                                 // the block starts within a byte
+            packed[i / 2] |= (uint8_t)nearest(load_some<KIND>(x, i, 1) * inverse, midpoints, middle)[0];
+        for (; i < stop; i += LANES) {
+            bool full = stop - i >= LANES;
+            Floats value = full ? load_floats<KIND>(x, i) : load_some<KIND>(x, i, stop - i);
+            Words index = nearest(value * inverse, midpoints, middle);
+            Longs pairs = (Longs)index;                                         // low word: the even element's index
+            pairs = pairs << 4 | pairs >> 32;
+            if (full) store_bytes(packed + i / 2, pairs);
+            else
+                for (int64_t k = i; k < stop; k += 2)
+                    packed[k / 2] = (uint8_t)pairs[(k - i) / 2] & (k + 1 < stop ? 0xff : 0xf0);     // half a byte is not ours
+        }
+        first = stop;
+    }
+    return worst < 0x7f800000;
+}
+
+template <int KIND> bool quantize_all(const void* x, int64_t n, const float* code, int64_t blocksize, float* absmax,
+                                      uint8_t* packed, int padding, int threads) {
+    float between[16] = {};
+    for (int i = 0; i < 15; ++i) between[i] = (code[i + 1] + code[i]) / 2;
+    const int64_t part = 2 * blocksize * ceil_div(4096, 2 * blocksize);     // whole blocks and whole bytes
+    bool finite = true;
+    parallel(n < ALONE ? 1 : threads, ceil_div(n, part), [&](int64_t from, int64_t to) {
+        if (!quantize<KIND>(x, from * part, smaller(to * part, n), between, blocksize, absmax, packed))
+            __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    });
+    if (n % 2) packed[n / 2] |= (uint8_t)padding;
+    return finite;
+}
+
+}  // namespace
