@@ -3,12 +3,14 @@
 Autograd keeps whatever a formula's derivative mentions, in the type it was computed in: of a norm its input in float32, of
 attention three float32 copies, of silu(gate) · up three tensors where two would do.  These functions keep their inputs as
 they came and work out the rest again: bytes saved at the price of a few cheap passes.  Values and gradients are those of
-autograd's own formulas, to the bit (tests/llama/test_frugal.py).
+autograd's own formulas, to the bit (tests/llama/test_frugal.py); but where `kernels.block` has vector code for them (bfloat16
+on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.
 
     norm        x in 16 bits and 1/rms                              instead of x in 32
     SwiGLU      gate and up                                         silu(gate) is worked out again
     rotation    cosines and sines, which all layers share           its backward is the rotation back
     attention   q, k, v in 16 bits, what it gives, log Σ exp        instead of q, k, v in 32
+                (what vector code gives is 16-bit too, and is what the projection behind it keeps anyway)
 """
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _fast(*rows: Tensor) -> block.Kernel | None:
+    """The vector code, where it takes such rows."""
     return block.kernel() if block.takes_rows(*rows) else None
 
 
@@ -127,8 +130,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _FastAttention(torch.autograd.Function):
-    """By `kernels.block`: what it gives is rounded, so what is kept of it is what the projection behind it keeps anyway."""
-
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: block.Kernel) -> Tensor:
         y, log_sum = remembered(lambda: kernel.attention(q, k, v))
