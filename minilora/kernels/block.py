@@ -24,7 +24,7 @@ NARROWEST = 768
 
 
 class _View(ctypes.Structure):
-    """`struct View` of block_cpu.cpp."""
+    """`struct View` of block_rows.h."""
 
     _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64))
 
@@ -37,16 +37,23 @@ class _Attention(ctypes.Structure):
 
 
 class _SwiGLU(ctypes.Structure):
-    """`struct SwiGLU` of block_cpu.cpp."""
+    """`struct SwiGLU` of block_rows.h."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up"))
 
 
 class _Norm(ctypes.Structure):
-    """`struct Norm` of block_cpu.cpp."""
+    """`struct Norm` of block_rows.h."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "d_y", "y", "d_x", "inverse")),
                 ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("eps", ctypes.c_float))
+
+
+class _Rotation(ctypes.Structure):
+    """`struct Rotation` of block_rows.h."""
+
+    _fields_ = (("x", _View), ("y", _View), ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p),
+                *((name, ctypes.c_int64) for name in ("heads", "length", "head_dim", "same")))
 
 
 def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
@@ -75,6 +82,12 @@ def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
             and q.shape[2] == k.shape[2] and q.numel() > 0)
 
 
+def takes_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `Kernel.rotation` is made for these."""
+    return (x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] in HEAD_DIMS
+            and x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous() and x.numel() > 0)
+
+
 def takes_rows(*tensors: Tensor) -> bool:
     """Whether `Kernel.swiglu` and `Kernel.norm` are made for tensors of such rows."""
     return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= NARROWEST and x.shape[-1] % 16 == 0
@@ -95,7 +108,8 @@ class Kernel:
             self._forward, self._backward = library.block_attention, library.block_attention_backward
             for function in (self._forward, self._backward):
                 function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int], None
-            self._swiglu, self._norm = library.block_swiglu, library.block_norm
+            self._swiglu, self._norm, self._rotation = library.block_swiglu, library.block_norm, library.block_rotation
+            self._rotation.argtypes, self._rotation.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._swiglu.argtypes, self._swiglu.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._norm.argtypes, self._norm.restype = [ctypes.c_void_p, ctypes.c_int], None
 
@@ -129,6 +143,22 @@ class Kernel:
         call.d_q, call.d_k, call.d_v = (_view(x, tuple(x.shape)) for x in found)
         self._backward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
         return found
+
+    def rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Each pair (i, i + d/2) of x rotated, rounded once.
+
+        Args: x: (B, H, T, d) bfloat16, d side by side, 64 or 128. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
+        Returns: (B, H, T, d), lying as (B, T, H, d).
+        """
+        batch, heads, length, head_dim = x.shape
+        if head_dim not in HEAD_DIMS or cos.shape[0] not in (1, batch):
+            raise ValueError(f"the kernel takes heads of {HEAD_DIMS} and cosines of {batch} sequences, or of all, not "
+                             f"{tuple(x.shape)} and {tuple(cos.shape)}")
+        y, shape, angles = _empty(*x.shape), tuple(x.shape), (cos.shape[0], 1, length, head_dim)
+        call = _Rotation(_view(x, shape), _view(y, shape), _address(cos, angles), _address(sin, angles), heads, length,
+                         head_dim, cos.shape[0] == 1)
+        self._rotation(ctypes.byref(call), batch, torch.get_num_threads())
+        return y
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up in one pass, rounded once.

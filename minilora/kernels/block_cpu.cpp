@@ -1,5 +1,5 @@
-// What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, SwiGLU and RMSNorm,
-// each with its gradients.  Inputs and results are bfloat16, all arithmetic is float32, each result is rounded once.
+// What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, and
+// in block_rows.h SwiGLU, RMSNorm and rotations, each with its gradients.  Inputs and results are bfloat16, all arithmetic is float32, each result is rounded once.
 //
 // Attention is FlashAttention (arXiv 2205.14135, section 3), for rows i, keys j ≤ i and s = 1 / √d:
 //
@@ -21,134 +21,55 @@
 // Without AVX-512 the library says that it has nothing to offer (block_machine), and torch's operations are used: a slower
 // form of a loop that is here for its speed would be for nothing.
 
-#include <cstdint>
-
 #ifndef __AVX512F__
 
 extern "C" int block_machine() { return 0; }
 
 #else
 
-#include <cstdlib>
-#include <cstring>
-#include <immintrin.h>
+#include "block_rows.h"
 
 namespace {
-
-typedef __m512 Floats;                                          // 16 float32
-typedef __m512i Words;                                          // 16 × 32 bits; or 16 pairs of bfloat16, the first one low
-
-inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
-inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
-template <class V> inline V held(V v) { __asm__("" : "+v"(v)); return v; }      // or GCC loads it again at each use
-inline Floats all(float x) { return _mm512_set1_ps(x); }
-inline Floats multiply_add(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
-inline Floats widen(const uint16_t* from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
-}
-
-// To the nearest bfloat16, ties to even; NaN stays NaN.
-inline void narrow(uint16_t* to, Floats v) {
-    Words bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    Words rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-
-// 2^x within one unit in the last place: x = n + f, |f| ≤ 1/2, a polynomial with a relative error of 1.9e-9 for 2^f.
-inline Floats exp2(Floats x) {
-    Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
-    Floats y = all(0x1.41d332p-13f);
-    y = multiply_add(all(0x1.5f456ap-10f), y, f);
-    y = multiply_add(all(0x1.3b2dbcp-7f), y, f);
-    y = multiply_add(all(0x1.c6aed4p-5f), y, f);
-    y = multiply_add(all(0x1.ebfbdap-3f), y, f);
-    y = multiply_add(all(0x1.62e430p-1f), y, f);
-    y = multiply_add(all(1.0f), y, f);
-    return _mm512_scalef_ps(y, n);
-}
-
-const float LOG2_E = 1.44269504f;               // exp x = 2^(x log2 e)
-
-// sum + a₁ b₁ + a₂ b₂ of the pairs in each place.
-inline Floats add_pairs(Floats sum, Words a, Words b) {
-#if defined(__AVX512BF16__)
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-#else
-    const Words high = _mm512_set1_epi32(0xffff0000);
-    sum = multiply_add(sum, _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
-    return multiply_add(sum, _mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)));
-#endif
-}
-
-// Memory that is not initialized, at the start of a cache line.
-template <class T> struct Scratch {
-    T* data;
-    explicit Scratch(int64_t count) : data((T*)aligned_alloc(64, (count * (int64_t)sizeof(T) + 63) / 64 * 64)) {
-        if (!data) abort();
-    }
-    ~Scratch() { free(data); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-};
-
-// Tasks 0 … count, dealt to torch's team of threads as they come.  Trap: see `parallel` in nf4_cpu.cpp.
-template <class Body> void deal(int threads, int64_t count, Body body) {
-    if (threads > count) threads = count > 0 ? (int)count : 1;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-#endif
-    for (int64_t task = 0; task < count; ++task) body(task);
-}
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------- the two products
 
 const int TILE = 64, ROWS = 4, ACROSS = TILE / 16;              // rows or keys of a tile; rows at once; registers of a row
 
 // use(r, c, registers c of row r of A Bᵀ) for four rows of A and 64 of B.  A: pairs of a row side by side; b: (pairs, 64).
-template <int PAIRS, class Use> inline void pair_products(const uint32_t* a, const uint32_t* b, Use use) {
+template <int PAIRS, class Use> INLINE void pair_products(const uint32_t* a, const uint32_t* b, Use use) {
     Floats sum[ROWS][ACROSS] = {};
     for (int p = 0; p < PAIRS; ++p) {
         Words columns[ACROSS];
-        for (int c = 0; c < ACROSS; ++c) columns[c] = held(_mm512_loadu_si512(b + p * TILE + 16 * c));
-        for (int r = 0; r < ROWS; ++r) {
+        UNROLL for (int c = 0; c < ACROSS; ++c) columns[c] = held(_mm512_loadu_si512(b + p * TILE + 16 * c));
+        UNROLL for (int r = 0; r < ROWS; ++r) {
             Words both = _mm512_set1_epi32((int)a[r * PAIRS + p]);
-            for (int c = 0; c < ACROSS; ++c) sum[r][c] = add_pairs(sum[r][c], both, columns[c]);
+            UNROLL for (int c = 0; c < ACROSS; ++c) sum[r][c] = add_pairs(sum[r][c], both, columns[c]);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int c = 0; c < ACROSS; ++c) use(r, c, sum[r][c]);
+    UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int c = 0; c < ACROSS; ++c) use(r, c, sum[r][c]);
 }
 
 // c (4, D) += A b, with A[r, k] at a[r * row + k * step], b (count, D).
-template <int D> inline void products(const float* a, int row, int step, const float* b, int count, float* c) {
+template <int D> INLINE void products(const float* a, int row, int step, const float* b, int count, float* c) {
     for (int at = 0; at < D; at += TILE) {
         Floats sum[ROWS][ACROSS];
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < ACROSS; ++i) sum[r][i] = load(c + r * D + at + 16 * i);
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            UNROLL for (int i = 0; i < ACROSS; ++i) sum[r][i] = load(c + r * D + at + 16 * i);
         for (int k = 0; k < count; ++k) {
             Floats columns[ACROSS];
-            for (int i = 0; i < ACROSS; ++i) columns[i] = held(load(b + k * D + at + 16 * i));
-            for (int r = 0; r < ROWS; ++r) {
+            UNROLL for (int i = 0; i < ACROSS; ++i) columns[i] = held(load(b + k * D + at + 16 * i));
+            UNROLL for (int r = 0; r < ROWS; ++r) {
                 Floats one = all(a[r * row + k * step]);
-                for (int i = 0; i < ACROSS; ++i) sum[r][i] = multiply_add(sum[r][i], one, columns[i]);
+                UNROLL for (int i = 0; i < ACROSS; ++i) sum[r][i] = multiply_add(sum[r][i], one, columns[i]);
             }
         }
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < ACROSS; ++i) store(c + r * D + at + 16 * i, sum[r][i]);
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            UNROLL for (int i = 0; i < ACROSS; ++i) store(c + r * D + at + 16 * i, sum[r][i]);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- a head's operands
-
-// One of q, k, v, o or their gradients: (B, H, T, d), d side by side, other strides counted in elements.
-struct View {
-    uint16_t* data;
-    int64_t batch, head, row;
-    uint16_t* rows(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * row; }
-};
 
 // Row after row, and zeros up to 64 of them: what is computed from such a row is finite, and dropped.
 template <int D> void copy(const View& x, int64_t b, int64_t h, int64_t first, int64_t count, uint16_t* to) {
@@ -210,14 +131,14 @@ template <int D> void forward(const Attention& a, int64_t task) {
             for (int r0 = 0; r0 < count; r0 += ROWS) {
                 Floats s[ROWS][ACROSS];
                 pair_products<D / 2>((const uint32_t*)tile.data + r0 * (D / 2), keys.data + j * area / 2,
-                                     [&](int r, int c, Floats v) { s[r][c] = v * factor; });
-                for (int r = 0; r < ROWS; ++r) {
+                                     [&](int r, int c, Floats v) ALWAYS { s[r][c] = v * factor; });
+                UNROLL for (int r = 0; r < ROWS; ++r) {
                     Floats top = all(-__builtin_inff()), added = {};
-                    for (int c = 0; c < ACROSS; ++c)
+                    UNROLL for (int c = 0; c < ACROSS; ++c)
                         top = _mm512_mask_max_ps(top, i == j ? seen(r0 + r, c) : 0xffff, top, s[r][c]);
                     float now = _mm512_reduce_max_ps(top);
                     if (j > 0) now = now > largest[r0 + r] ? now : largest[r0 + r];
-                    for (int c = 0; c < ACROSS; ++c) {
+                    UNROLL for (int c = 0; c < ACROSS; ++c) {
                         Floats p = _mm512_maskz_mov_ps(i == j ? seen(r0 + r, c) : 0xffff, exp2(s[r][c] - all(now)));
                         store(weights.data + (r0 + r) * TILE + 16 * c, p);
                         added += p;
@@ -284,13 +205,13 @@ template <int D> void backward(const Attention& a, int64_t task) {
             for (int64_t j = 0; j <= i; ++j) {
                 for (int r0 = 0; r0 < rows; r0 += ROWS) {
                     pair_products<D / 2>((const uint32_t*)q_tile.data + r0 * (D / 2), k_pairs.data + j * area / 2,
-                                         [&](int r, int c, Floats s) {
+                                         [&](int r, int c, Floats s) ALWAYS {
                         Floats weight = exp2(_mm512_fmsub_ps(s, factor, all(log_sum[r0 + r])));
                         store(p.data + (r0 + r) * TILE + 16 * c,
                               _mm512_maskz_mov_ps(i == j ? seen(r0 + r, c) : 0xffff, weight));
                     });
                     pair_products<D / 2>((const uint32_t*)d_o_tile.data + r0 * (D / 2), v_pairs.data + j * area / 2,
-                                         [&](int r, int c, Floats d_p) {
+                                         [&](int r, int c, Floats d_p) ALWAYS {
                         Floats slope = load(p.data + (r0 + r) * TILE + 16 * c) * scale * (d_p - all(inner[r0 + r]));
                         store(d_s.data + (r0 + r) * TILE + 16 * c,
                               _mm512_maskz_mov_ps(i == j ? seen(r0 + r, c) : 0xffff, slope));
@@ -311,59 +232,6 @@ template <int D> void backward(const Attention& a, int64_t task) {
         }
     narrow_rows<D>(d_k.data, a.d_k, b, shared, 0, a.length);
     narrow_rows<D>(d_v.data, a.d_v, b, shared, 0, a.length);
-}
-
-// ------------------------------------------------------------------------------------------------------------ SwiGLU and norm
-
-// y = silu(gate) · up with silu(g) = g σ(g); and, with d_y given,  d_up = d_y silu(gate),
-// d_gate = d_y up σ(g) (1 + g (1 - σ(g))).  All n numbers of them one after the other.
-struct SwiGLU {
-    const uint16_t *gate, *up, *d_y;
-    uint16_t *y, *d_gate, *d_up;
-};
-
-inline Floats sigmoid(Floats x) { return all(1.0f) / (all(1.0f) + exp2(x * all(-LOG2_E))); }
-
-void swiglu(const SwiGLU& a, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i += 16) {
-        Floats gate = widen(a.gate + i), up = widen(a.up + i), share = sigmoid(gate);
-        if (!a.d_y) {
-            narrow(a.y + i, gate * share * up);
-            continue;
-        }
-        Floats d_y = widen(a.d_y + i);
-        narrow(a.d_up + i, d_y * gate * share);
-        narrow(a.d_gate + i, d_y * up * share * multiply_add(all(1.0f), gate, all(1.0f) - share));
-    }
-}
-
-// y = x · inverse · weight with inverse = 1 / √(mean(x²) + ε); and, with d_y given and g = d_y · weight,
-// d_x = inverse · g - x · inverse³ · mean(g · x).
-struct Norm {
-    const uint16_t *x, *weight, *d_y;
-    uint16_t *y, *d_x;
-    float* inverse;                                             // (rows)
-    int64_t rows, size;
-    float eps;
-};
-
-void norm(const Norm& a, int64_t row) {
-    const uint16_t *x = a.x + row * a.size, *d_y = a.d_y + row * a.size;
-    Floats sum = {};
-    if (!a.d_y) {
-        for (int64_t i = 0; i < a.size; i += 16) sum = multiply_add(sum, widen(x + i), widen(x + i));
-        const float inverse = 1 / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / (float)a.size + a.eps);
-        a.inverse[row] = inverse;
-        for (int64_t i = 0; i < a.size; i += 16)
-            narrow(a.y + row * a.size + i, widen(x + i) * all(inverse) * widen(a.weight + i));
-        return;
-    }
-    for (int64_t i = 0; i < a.size; i += 16) sum = multiply_add(sum, widen(d_y + i) * widen(a.weight + i), widen(x + i));
-    const float inverse = a.inverse[row];
-    const Floats share = all(-_mm512_reduce_add_ps(sum) / (float)a.size * inverse * inverse * inverse);
-    for (int64_t i = 0; i < a.size; i += 16)
-        narrow(a.d_x + row * a.size + i,
-               multiply_add(share * widen(x + i), widen(d_y + i) * widen(a.weight + i), all(inverse)));
 }
 
 }  // namespace
@@ -391,6 +259,13 @@ void block_swiglu(const SwiGLU* a, int64_t n, int threads) {
 void block_norm(const Norm* a, int threads) {
     deal(threads, (a->rows + 15) / 16, [&](int64_t task) {
         for (int64_t row = task * 16; row < smaller(a->rows, (task + 1) * 16); ++row) norm(*a, row);
+    });
+}
+
+void block_rotation(const Rotation* a, int64_t batch, int threads) {
+    const int64_t rows = batch * a->length;
+    deal(threads, (rows + 15) / 16, [&](int64_t task) {
+        for (int64_t row = task * 16; row < smaller(rows, (task + 1) * 16); ++row) rotate(*a, row);
     });
 }
 

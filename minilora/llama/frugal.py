@@ -103,6 +103,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    fast = block.kernel() if block.takes_rotation(x, cos, sin) else None
+    if fast is not None:
+        return fast.rotation(x, cos, sin)
     half = x.shape[-1] // 2
     rotated = x * cos
     rotated[..., :half].sub_(x[..., half:] * sin[..., :half])

@@ -1,4 +1,4 @@
-"""Attention, SwiGLU and RMSNorm of `block_cpu.cpp` against their formulas in float64, torch's kernel, finite differences."""
+"""Attention, SwiGLU, RMSNorm and rotation of `block_cpu.cpp` against their formulas in float64, torch's, and differences."""
 from __future__ import annotations
 
 import ctypes
@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minilora.kernels import block, build
-from minilora.llama.frugal import attention, plain_rms_norm, rms_norm, swiglu
+from minilora.llama.frugal import attention, plain_rms_norm, rms_norm, rotate, swiglu
 from minilora.llama.recompute import recompute
+from minilora.llama.rotary import rotation
 
 FORMS = {"native": build.NATIVE, "AVX-512 without bfloat16 products": ("-mavx512f", "-mfma")}
 ROUNDED = 0.0025        # rounding to bfloat16 moves a number by up to 2⁻⁸ of its size, the norm of many by 0.0017 of theirs
@@ -232,6 +233,8 @@ def test_inputs_that_the_kernel_cannot_read_are_refused(kernel: block.Kernel) ->
     for call in (lambda: kernel.attention(q.float(), k, v), lambda: kernel.attention(q, k[:, :, :9], v),
                  lambda: kernel.attention(q[..., :32], k[..., :32], v[..., :32]),
                  lambda: kernel.attention(q[:, :3], k, v), lambda: kernel.attention(q, k, v.transpose(2, 3)),
+                 lambda: kernel.rotation(q, *2 * [normal(1, 1, 9, 64, seed=0)]),
+                 lambda: kernel.rotation(q, *2 * [normal(2, 1, 10, 64, seed=0)]),
                  lambda: kernel.norm(normal(3, 40, seed=0), normal(40, seed=1), 1e-5),
                  lambda: kernel.norm(normal(3, 64, seed=0), normal(48, seed=1), 1e-5),
                  lambda: kernel.swiglu(normal(3, 64, seed=0), normal(3, 128, seed=1)[:, ::2])):
@@ -265,6 +268,32 @@ def test_a_norm_and_its_gradient_are_the_formula_rounded(kernel: block.Kernel, r
     found = kernel.norm_backward(grad, x, weight, inverse).double()
     size = float(slope.abs().max())                     # two terms may cancel
     torch.testing.assert_close(found, slope, rtol=2 ** -7.99, atol=2e-6 * size + 2e-6 * float(inverse.max()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 3), count=st.integers(1, 5), length=st.integers(1, 40), dim=st.sampled_from(block.HEAD_DIMS),
+       same=st.booleans(), turned=st.booleans())
+def test_a_rotation_is_the_formula_rounded(kernel: block.Kernel, batch: int, count: int, length: int, dim: int, same: bool,
+                                           turned: bool) -> None:
+    x = heads(batch, count, length, dim, seed=0)
+    x = x if turned else x.contiguous()
+    cos, sin = (normal(1 if same else batch, 1, length, dim, seed=seed) for seed in (1, 2))
+    first, second = x.double().chunk(2, dim=-1)
+    expected = x.double() * cos.double() + torch.cat((-second, first), dim=-1) * sin.double()
+    found = kernel.rotation(x, cos, sin)
+    torch.testing.assert_close(found.double(), expected, rtol=2 ** -7.99, atol=1e-6)
+    assert found.transpose(1, 2).is_contiguous()
+
+
+def test_the_gradient_of_a_rotation_is_the_rotation_back(native: block.Kernel) -> None:
+    x, grad = heads(2, 3, 20, 64, seed=0).requires_grad_(), heads(2, 3, 20, 64, seed=1)
+    cos, sin = rotation(torch.arange(20).expand(2, 20), torch.rand(32, generator=torch.Generator().manual_seed(2)),
+                        torch.bfloat16)
+    y = rotate(x, cos, sin)
+    assert torch.equal(y, native.rotation(x.detach(), cos, sin))
+    found, = torch.autograd.grad(y, x, grad)
+    assert torch.equal(found, native.rotation(grad, cos, -sin))
+    assert off(native.rotation(y.detach(), cos, -sin), x.detach().double()) < 2 * ROUNDED
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
