@@ -65,7 +65,7 @@ struct View {
 // y₁ = x₁ cos₁ - x₂ sin₁ and y₂ = x₂ cos₂ + x₁ sin₂ for the halves 1 and 2 of each row.
 struct Rotation {
     View x, y;
-    const uint16_t *cos, *sin;                                  // (B, T, d), or one row of T for all B where `same`
+    const uint16_t *cos, *sin;                                  // (B, T, d), or (1, T, d) for all B where `same`
     int64_t heads, length, head_dim, same;
 };
 

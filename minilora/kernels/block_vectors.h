@@ -70,7 +70,7 @@ template <class T> struct Scratch {
     Scratch& operator=(const Scratch&) = delete;
 };
 
-// Tasks 0 … count, dealt to torch's team of threads as they come.  Trap: see `parallel` in nf4_cpu.cpp.
+// Tasks 0 … count, dealt to torch's team of threads as they come.  Trap: see `parallel` in nf4_blocks.h.
 template <class Body> void deal(int threads, int64_t count, Body body) {
     if (threads > count) threads = count > 0 ? (int)count : 1;
 #if defined(_OPENMP)
