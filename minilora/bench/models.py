@@ -75,17 +75,17 @@ def steps(settings: Settings) -> Iterator[Row]:
 
 def steps_all_labels(settings: Settings) -> Iterator[Row]:
     """The same where every token carries loss: then there is no logit to be left out."""
-    yield step_row("qlora_step_110m_all_labels", "110m", 4, 256, False, 256, 1.0, settings, 5)
+    yield step_row("qlora_step_110m_all_labels", "110m", 4, 256, False, 256, 1.0, settings, 5, memory=False)
 
 
 def step_row(name: str, shape: str, batch: int, length: int, checkpointing: bool, label_tokens: int, least: float,
-             settings: Settings, rounds: int) -> Row:
+             settings: Settings, rounds: int, memory: bool = True) -> Row:
     """One kind of step. The limit: its products, forward and back, at the rate of torch's large ones."""
     task = Task("step", str(checkpoint_of(shape_of(shape), settings.folder)), batch, length, label_tokens=label_tokens,
                 gradient_checkpointing=checkpointing)
     passes = 3 if checkpointing else 2
     limit = passes * forward_operations(shape_of(shape), batch * length) / operations_per_second(torch.bfloat16)
-    return row_of(name, task, settings, rounds, least, "peft + bitsandbytes", limit, "products", memory=True)[0]
+    return row_of(name, task, settings, rounds, least, "peft + bitsandbytes", limit, "products", memory)[0]
 
 
 def prefill(settings: Settings) -> Iterator[Row]:

@@ -25,6 +25,7 @@ from minilora.llama.cache import KVCache
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.tokenizer import Tokenizer
 from minilora.loading import load_model, load_tokenizer
+from minilora.malloc import keep_freed_memory
 from minilora.optim.adamw import AdamW
 from minilora.quant.nf4 import quantize_nf4
 from minilora.stepping import compute_gradients
@@ -79,6 +80,8 @@ def step(task: Task) -> Callable[[], object]:
     ids = token_ids(task, model.config.vocab_size)
     batch = Batch(ids, torch.ones_like(ids), label_ids(task, ids), task.batch * min(task.label_tokens, task.length - 1),
                   list(range(task.batch)))
+
+    keep_freed_memory()
 
     def call() -> None:
         compute_gradients(model, [batch], optimizer)

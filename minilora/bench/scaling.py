@@ -18,6 +18,8 @@ from minilora.bench.rows import Row, Settings
 from minilora.bench.sides import Task, take_turns
 from minilora.errors import ConfigError
 from minilora.llama.config import LlamaConfig, linear_parameters
+from minilora.memory import Peaks, Workload, predict
+from minilora.plots import BLUE, GREY
 from minilora.shapes import SHAPES
 
 BASE = Task("step", batch=2, length=128)
@@ -65,8 +67,18 @@ def points(rows: Sequence[Row]) -> list[Point]:
     return found
 
 
+def _said(point: Point) -> int:
+    """Bytes that `minilora memory` says it takes."""
+    setting = {"length": "seq"}.get(point.sweep, point.sweep)
+    work = Workload("qlora", batch=BASE.batch, seq=BASE.length)
+    if setting == "layers":
+        shapes = (_shape(value) for value in SWEEPS["layers"])
+        return max(Peaks.of(predict(next(shape for shape in shapes if linear_parameters(shape) / 1e6 == point.at), work)))
+    return max(Peaks.of(predict(_shape(LAYERS), replace(work, **{setting: int(point.at)}))))     # type: ignore[arg-type]
+
+
 def draw(rows: Sequence[Row], path: str | Path) -> None:
-    """Time and memory over each setting, with the line of proportional growth from the first point.
+    """Time and memory over each setting; dashed, time in proportion to the last point, and what memory should be added.
 
     Raises: ConfigError: no such rows, or matplotlib is not there.
     """
@@ -81,25 +93,30 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     sweeps = [sweep for sweep in SWEEPS if any(point.sweep == sweep for point in measured)]
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.1 * len(sweeps), 5.4), layout="constrained", squeeze=False)
-    for column, sweep in enumerate(sweeps):
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.1 * len(sweeps), 5.4), layout="constrained", squeeze=False,
+                                sharey="row")
+    for (above, below), sweep in zip(axes.T, sweeps, strict=True):
         line = [point for point in measured if point.sweep == sweep]
-        at = [point.at for point in line]
-        for row, (values, label) in enumerate((([point.seconds for point in line], "seconds a step"),
-                                               ([point.peak_bytes / 1e9 for point in line], "peak memory (GB)"))):
-            panel = axes[row][column]
-            panel.plot(at, values, "o-", color="#3366aa", label="measured")
-            if row == 0 and sweep != "r":
-                panel.plot(at, [values[-1] * x / at[-1] for x in at], "--", color="#b8bec8", label="proportional")
-            panel.set(xscale="log", xlabel=AXES[sweep], ylabel=label if column == 0 else "",
-                      yscale="log" if row == 0 else "linear")
-            if row:
-                panel.set_ylim(0, 1.15 * max(point.peak_bytes for point in measured) / 1e9)
-            panel.set_xticks(at, [f"{x:,.0f}" for x in at])
+        at, seconds, peaks = ([getattr(point, name) for point in line] for name in ("at", "seconds", "peak_bytes"))
+        above.plot(at, seconds, "o-", color=BLUE, label="measured")
+        if sweep != "r":
+            above.plot(at, [seconds[-1] * x / at[-1] for x in at], "--", color=GREY, label="proportional")
+        above.set(xscale="log", yscale="log", title=AXES[sweep])
+        above.set_xticks(at, [f"{x:,.0f}" for x in at])
+        above.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+        above.set_ylim(0.8 * min(point.seconds for point in measured), 1.25 * max(point.seconds for point in measured))
+        below.plot(at, [peak / 1e9 for peak in peaks], "o-", color=BLUE, label="measured")
+        said = [_said(point) for point in line]
+        below.plot(at, [(peaks[0] + more - said[0]) / 1e9 for more in said], "--", color=GREY, label="said to be added")
+        below.set_xticks(at, [f"{x:,.0f}" for x in at])
+        below.set_ylim(0, 1.1 * max(point.peak_bytes for point in measured) / 1e9)
+        for panel in (above, below):
             panel.minorticks_off()
             panel.spines[["top", "right"]].set_visible(False)
-            if not column and not row:
-                panel.legend(frameon=False)
+    axes[0][0].set_ylabel("seconds a step")
+    axes[1][0].set_ylabel("peak of the process (GB)")
+    for row in axes:
+        row[0].legend(frameon=False, loc="upper left")
     figure.suptitle("A QLoRA step of a 110M Llama: 2 notes of 128 tokens, r = 16, 12 layers, one setting changed at a time",
                     fontsize=11)
     figure.savefig(path, dpi=130)
