@@ -8,34 +8,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from minilora.bench.limits import bytes_per_second, forward_operations, operations_per_second
 from minilora.bench.rows import Row, Settings, Target
 from minilora.bench.sides import Taken, Task, ratio, take_turns
-from minilora.files import write_json
 from minilora.llama.config import LlamaConfig
 from minilora.memory import Workload, predict
-from minilora.shapes import random_model, shape_of
+from minilora.shapes import shape_of, write_random_checkpoint
 
 LABEL_TOKENS, NEW_TOKENS = 16, 32
 MEMORY_SHARE = 1 / 0.45         # a step takes at most that share of the peers' memory
 LOADING_BYTES = 600_000_000     # over the model itself: torch, Python, and what is on its way from the file
 
 
-def checkpoint_of(config: LlamaConfig, folder: Path, shards: int = 2) -> Path:
-    """A 16-bit checkpoint of random weights in Hugging Face's layout; made once in a folder."""
+def checkpoint_of(config: LlamaConfig, folder: Path) -> Path:
+    """A 16-bit checkpoint of random weights; made once in a folder."""
     out = folder / f"{config.hidden_size}x{config.num_hidden_layers}"
     if not (out / "config.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor for name, tensor in random_model(config, None, torch.bfloat16).state_dict().items()
-                   if not (name == "lm_head.weight" and config.tie_word_embeddings)}
-        where = {name: f"model-{number % shards + 1:05d}-of-{shards:05d}.safetensors"
-                 for number, name in enumerate(sorted(tensors))}
-        for file in sorted(set(where.values())):
-            save_file({name: tensors[name] for name in where if where[name] == file}, out / file, metadata={"format": "pt"})
-        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
-        write_json(out / "config.json", {**config.raw, "torch_dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]})
+        write_random_checkpoint(config, out)
     return out
 
 

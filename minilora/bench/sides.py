@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -111,7 +112,8 @@ class _Side:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            reason = ([line.strip() for line in self.errors if line.strip()] or ["it said nothing"])[-1]
+            lines = [line.strip() for line in self.errors if line.strip()] or ["it said nothing"]
+            reason = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
             raise MiniloraError(f"{self.name} failed: {reason:.300}")
         return json.loads(line)[key]
 
