@@ -99,9 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = command("bench", _bench, "measure the figures of the README here, ours beside a peer, in turns, as ratios")
+    sub.add_argument("--peers", action="store_true",
+                     help="measure bitsandbytes, peft and transformers too (extra [peers], from a checkout; half an hour)")
+    sub.add_argument("--quick", action="store_true", help="some rows, in fewer rounds: less than a minute without peers")
     sub.add_argument("--only", nargs="+", metavar="PART", help="the measurements whose name holds one of these")
     sub.add_argument("--json", metavar="FILE", help="write the rows there as well, as a list of objects")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    sub.add_argument("--table", metavar="FILE", help="write them there as a table in Markdown")
+    sub.add_argument("--figure", metavar="FILE", help="draw there how a step's cost grows (PNG; extra [plots])")
+    sub.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
@@ -227,21 +232,32 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from minilora.bench import BENCHES, bench, format_row
-    from minilora.files import check_output, write_json
-    if args.json:
-        check_output(args.json, args.overwrite)
+    from minilora.bench import BENCHES, Settings, bench, chosen, format_row, left_out, markdown
+    from minilora.bench.scaling import draw
+    from minilora.files import check_output, write_json, write_text
+    for path in (args.json, args.table, args.figure):
+        if path:
+            check_output(path, args.overwrite)
+    settings = Settings(args.peers, args.quick)
+    if not chosen(args.only, settings):
+        raise ConfigError(f"--only: no measurement is called so; there are {', '.join(call.__name__ for call in BENCHES)}")
     rows = []
-    for row in bench(args.only):
+    for row in bench(args.only, settings):
         rows.append(row)
         print(format_row(row), flush=True)
     if not rows:
-        raise ConfigError(f"--only: no measurement is called so; there are {', '.join(call.__name__ for call in BENCHES)}")
+        raise MiniloraError("there is no GPU here: nothing was measured")
+    if left_out(settings) and not args.only:
+        print(f"left out by --quick: {', '.join(left_out(settings))}")
     if args.json:
         write_json(args.json, [dataclasses.asdict(row) for row in rows])
+    if args.table:
+        write_text(args.table, markdown(rows))
+    if args.figure:
+        draw(rows, args.figure)
     missed = [row.name for row in rows if not row.ok]
     if missed:
-        raise MiniloraError(f"below the limit here: {', '.join(missed)}")
+        raise MiniloraError(f"below what is to be reached: {', '.join(missed)}")
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:

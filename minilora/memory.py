@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from minilora.errors import ConfigError
+from minilora.kernels.block import HEAD_DIMS, kernel
 from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import FUSED_WEIGHTS
 from minilora.layers.qlora import is_target
@@ -186,7 +187,9 @@ def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: i
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     compute, full = work.compute.itemsize, work.kind == "full"
-    wide = compute if work.on_gpu else 4                # on a CPU attention is computed in float32
+    # On a CPU attention gives float32, but for heads that have a kernel here, which rounds; it takes every position at once.
+    rounded = work.compute == torch.bfloat16 and config.head_dim in HEAD_DIMS and asked == tokens and kernel() is not None
+    wide = compute if work.on_gpu or rounded else 4
     narrow = compute if asked == tokens else wide       # and keeps q, k, v as they came, where every position asks
 
     def adapted(*names: str) -> int:

@@ -6,15 +6,20 @@
 """
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from minilora.files import write_json
 from minilora.hub import resolve_model
 from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import replace_module
+from minilora.llama.blank import blank_model
 from minilora.llama.config import LlamaConfig
 from minilora.llama.model import LlamaForCausalLM, RMSNorm
 from minilora.quant.codebooks import NF4_CODE
@@ -71,8 +76,7 @@ def random_model(config: LlamaConfig, quantize: Literal["nf4"] | None = "nf4", d
     Args: as in `load_model`. seed: same seed, same weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = blank_model(config)
     for name, module in list(model.named_modules()):
         if quantize and isinstance(module, nn.Linear) and name.rpartition(".")[2] in ALL_LINEARS:
             weight = random_nf4((module.out_features, module.in_features), generator, blocksize, double_quant, dtype)
@@ -87,3 +91,48 @@ def random_model(config: LlamaConfig, quantize: Literal["nf4"] | None = "nf4", d
             setattr(module, key, nn.Parameter(filled.to(device)))
     model.tie_weights()
     return model
+
+
+def write_random_checkpoint(config: LlamaConfig, folder: Path, kind: Literal["safetensors", "bin"] = "safetensors",
+                            shard_bytes: int = 1 << 30, seed: int = 0) -> int:
+    """A 16-bit checkpoint of random weights in Hugging Face's layout, written shard by shard: config, index, weights.
+
+    All weights are pieces of one list of 2²⁴ normal numbers: quantizing one takes what it takes with any others.
+
+    Returns: bytes of the weights.
+    """
+    shapes = {name: parameter.shape for name, parameter in blank_model(config).named_parameters()}      # a tied head once
+    pool = torch.empty(1 << 24).normal_(0.0, STD, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, shape in shapes.items():
+        if shards[-1] and 2 * math.prod(shape) > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= 2 * math.prod(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {}
+    for number, names in enumerate(shards):
+        count = f"{number + 1:05d}-of-{len(shards):05d}"
+        tensors = {name: _piece(pool, shapes[name], 7919 * number + index) for index, name in enumerate(names)}
+        if kind == "safetensors":
+            file = f"model-{count}.safetensors"
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        else:
+            file = f"pytorch_model-{count}.bin"
+            torch.save(tensors, folder / file)
+        where.update(dict.fromkeys(names, file))
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
+    write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / "config.json", {**config.raw, "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"})
+    return total
+
+
+def _piece(pool: Tensor, shape: torch.Size, offset: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=pool.dtype)
+    numbers = math.prod(shape)
+    start = offset * 4099 % len(pool)
+    return pool.repeat(-(-(start + numbers) // len(pool)))[start : start + numbers].reshape(shape).clone()

@@ -36,6 +36,7 @@ from minilora.llama.config import LlamaConfig
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.loss import PADDING, validation_loss
+from minilora.malloc import keep_freed_memory
 from minilora.optim.paged_adamw import PagedAdamW
 from minilora.own_base import FOLDER, save_base, start_adapters
 from minilora.runs import (
@@ -166,6 +167,7 @@ def train(config: TrainConfig) -> TrainResult:
     write_labels(out / "labels.txt", labels)
     tokenizer.save(out)
 
+    keep_freed_memory()
     trained, parameters = trainable_parameters(model)
     before = last_metrics(out)
     loss, val_loss = before.get("loss", math.nan), before.get("val_loss")

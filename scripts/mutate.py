@@ -37,12 +37,13 @@ class Mutation:
 
 REFERENCE, NF4, CODEBOOKS = "kernels/reference.py", "quant/nf4.py", "quant/codebooks.py"
 LORA, LAYER, MERGE, ADAMW = "layers/lora.py", "layers/nf4_linear.py", "layers/merge.py", "optim/adamw.py"
-MODEL, ROTARY, MASKS = "llama/model.py", "llama/rotary.py", "llama/masks.py"
+MODEL, MASKS = "llama/model.py", "llama/masks.py"
 LOSS, STEPPING = "loss.py", "stepping.py"
 PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
-KERNEL = "kernels/nf4_cpu.cpp"
-KERNEL_TESTS = "tests/kernels/test_equal_bits.py"
+BLOCKS, VECTORS, BLOCK = "kernels/nf4_blocks.h", "kernels/nf4_vectors.h", "kernels/block_cpu.cpp"
+FRUGAL = "llama/frugal.py"
+KERNEL_TESTS, BLOCK_TESTS = "tests/kernels/test_equal_bits.py", "tests/kernels/test_block.py"
 DECAY = "    if weight_decay:\n        param.mul_(1 - lr * weight_decay)\n"
 STEP = """    exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -99,34 +100,40 @@ MUTATIONS = (
              "grad_y @ _rebuilt(ctx.weight, grad_y.dtype) if", "tests/layers/test_scratch.py"),
     Mutation("one buffer for all threads", "layers/scratch.py", "_local = threading.local()",
              "_local = type('Shared', (), {})()", "tests/layers/test_scratch.py"),
-    Mutation("vector code: a tie goes up", KERNEL, "return index + ((Words)(value > lookup(midpoints, index)) & 1);",
-             "return index + ((Words)(value >= lookup(midpoints, index)) & 1);", KERNEL_TESTS),
+    Mutation("vector code: a tie goes up", BLOCKS, "return index + ((Words)(value > (Floats)lookup(midpoints, index)) & 1);",
+             "return index + ((Words)(value >= (Floats)lookup(midpoints, index)) & 1);", KERNEL_TESTS),
     Mutation("vector code: absmax with one rounding", "kernels/build.py", "-ffp-contract=off", "-ffp-contract=fast",
              KERNEL_TESTS),
-    Mutation("vector code: nibbles swapped in a block's tail", KERNEL, "*out++ = (T)table[packed[first / 2] >> 4];\n        *",
-             "*out++ = (T)table[packed[first / 2] & 15];\n        *", KERNEL_TESTS),
-    Mutation("vector code: halves are cut, not rounded", KERNEL, "rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+    Mutation("vector code: nibbles swapped in a block's tail", BLOCKS, "(T)entry(table, packed[first / 2] >> 4);\n        *",
+             "(T)entry(table, packed[first / 2] & 15);\n        *", KERNEL_TESTS),
+    Mutation("vector code: halves are cut, not rounded", VECTORS, "rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
              "rounded = bits >> 16;", KERNEL_TESTS),
-    Mutation("vector code: a product's nibbles swapped", KERNEL, "even = lookup(table, byte >> 4);",
-             "even = lookup(table, byte);", "tests/kernels/test_product.py"),
+    Mutation("vector code: a product's nibbles swapped", VECTORS, "    even = lookup(table, byte >> 4);",
+             "    even = lookup(table, byte);", "tests/kernels/test_product.py"),
+    Mutation("vector code: a key's first row is left out", BLOCK, "const int from = i == j ? c0 : 0;",
+             "const int from = i == j ? c0 + 1 : 0;", BLOCK_TESTS),
+    Mutation("update's gradient without alpha / r", "layers/low_rank.py", ".mul_(ctx.scaling)  ", "  ", "tests/layers"),
+    Mutation("update's share of the gradient forgotten", "layers/low_rank.py",
+             "                grad_x.view(-1, x.shape[-1]).addmm_(grad_low, share).view_as(x)", "                grad_x",
+             "tests/layers"),
+    Mutation("recomputed with other dropout", "llama/recompute.py", "            torch.set_rng_state(self.cpu_random)\n", "",
+             "tests/llama/test_recompute.py"),
     Mutation("merging subtracts", LORA, ".float() + self.update()\n", ".float() - self.update()\n", LORA_TESTS),
     Mutation("merge error measured against itself", MERGE, "error, update, kept = (merged - trained).norm()",
              "error, update, kept = (merged - merged).norm()", "tests/layers/test_merge.py"),
-    Mutation("rotary with the other sign", ROTARY, "torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)",
-             LLAMA_TESTS),
-    Mutation("rotary of interleaved pairs", ROTARY, "first, second = x.chunk(2, dim=-1)",
-             "first, second = x[..., ::2], x[..., 1::2]",
-             LLAMA_TESTS),
-    Mutation("RMSNorm without the mean", MODEL, "x32.square().mean(-1, keepdim=True)", "x32.square().sum(-1, keepdim=True)",
-             LLAMA_TESTS),
-    Mutation("attention sees the future", MODEL, "causal, shared = mask is None and q.shape[2] > 1,",
+    Mutation("rotary with the other sign", FRUGAL, "rotated[..., :half].sub_(", "rotated[..., :half].add_(", LLAMA_TESTS),
+    Mutation("rotary of interleaved pairs", FRUGAL, "rotated[..., half:].add_(x[..., :half]",
+             "rotated[..., half:].add_(x[..., ::2]", LLAMA_TESTS),
+    Mutation("RMSNorm without the mean", FRUGAL, "(x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to",
+             "(x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to", LLAMA_TESTS),
+    Mutation("attention sees the future", FRUGAL, "causal, shared = mask is None and q.shape[2] > 1,",
              "causal, shared = False,", LLAMA_TESTS),
     Mutation("a window one token wide of the mark", MASKS, "columns > rows - window", "columns >= rows - window", LLAMA_TESTS),
     Mutation("padding is attended to", MASKS, "visible & attention_mask[:, None, None, :].bool() | (columns == rows)",
              "visible",
              LLAMA_TESTS),
-    Mutation("SwiGLU gates with the other half", MODEL, "F.silu(self.gate_proj(x)) * self.up_proj(x)",
-             "self.gate_proj(x) * F.silu(self.up_proj(x))", LLAMA_TESTS),
+    Mutation("SwiGLU gates with the other half", MODEL, "swiglu(self.gate_proj(x), self.up_proj(x))",
+             "swiglu(self.up_proj(x), self.gate_proj(x))", LLAMA_TESTS),
     Mutation("loss not shifted", LOSS, "targets = batch.labels[:, 1:]", "targets = batch.labels[:, :-1]", TRAIN_TESTS),
     Mutation("mean of micro-batch means", STEPPING, "part = label_loss(model, batch) / label_tokens",
              "part = label_loss(model, batch) / batch.label_tokens / len(batches)", TRAIN_TESTS),

@@ -3,12 +3,14 @@
 Autograd keeps whatever a formula's derivative mentions, in the type it was computed in: of a norm its input in float32, of
 attention three float32 copies, of silu(gate) · up three tensors where two would do.  These functions keep their inputs as
 they came and work out the rest again: bytes saved at the price of a few cheap passes.  Values and gradients are those of
-autograd's own formulas, to the bit (tests/llama/test_frugal.py).
+autograd's own formulas, to the bit (tests/llama/test_frugal.py); but where `kernels.block` has vector code for them (bfloat16
+on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.
 
     norm        x in 16 bits and 1/rms                              instead of x in 32
     SwiGLU      gate and up                                         silu(gate) is worked out again
     rotation    cosines and sines, which all layers share           its backward is the rotation back
     attention   q, k, v in 16 bits, what it gives, log Σ exp        instead of q, k, v in 32
+                (what vector code gives is 16-bit too, and is what the projection behind it keeps anyway)
 """
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.kernels import block
 from minilora.llama.recompute import remembered
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _fast(*rows: Tensor) -> block.Kernel | None:
+    """The vector code, where it takes such rows."""
+    return block.kernel() if block.takes_rows(*rows) else None
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,11 +43,15 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = _wide(x)
-        inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)                   # (..., 1)
+        ctx.eps, ctx.fast = eps, _fast(x, weight)
+        if ctx.fast is not None:
+            y, inverse = ctx.fast.norm(x, weight, eps)
+        else:
+            x32 = _wide(x)
+            inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)               # (..., 1)
+            y = weight * (x32 * inverse).to(x.dtype)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.eps = eps
-        return weight * (x32 * inverse).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
@@ -47,6 +59,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *torch.autograd.grad(plain_rms_norm(x, weight, ctx.eps), x, grads, create_graph=True), None, None
+        if ctx.fast is not None:
+            return ctx.fast.norm_backward(grads[0], x, weight, inverse), None, None
         g, x32 = _wide(grads[0] * weight), _wide(x)
         # −½ · inverse³ · Σ g x / size, times d(x²)/dx = 2 x: halving and doubling round nothing.
         share = -(g * x32).sum(-1, keepdim=True) * inverse.pow(3) / x.shape[-1]            # (..., 1)
@@ -55,16 +69,19 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`plain_rms_norm`, of which a 16-bit x is kept as it is, where the weight is frozen."""
-    if weight.requires_grad or not x.requires_grad:
-        return plain_rms_norm(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    wanted = torch.is_grad_enabled()
+    if wanted and x.requires_grad and not weight.requires_grad:
+        return _RMSNorm.apply(x, weight, eps)
+    fast = _fast(x, weight) if not (wanted and weight.requires_grad) else None
+    return plain_rms_norm(x, weight, eps) if fast is None else fast.norm(x, weight, eps)[0]
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.fast = _fast(gate, up)
+        return F.silu(gate).mul_(up) if ctx.fast is None else ctx.fast.swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,15 +89,23 @@ class _SwiGLU(torch.autograd.Function):
         if torch.is_grad_enabled():
             return torch.autograd.grad(F.silu(gate) * up, (gate, up), grads, create_graph=True)
         grad_y, = grads
+        if ctx.fast is not None:
+            return ctx.fast.swiglu_backward(grad_y, gate, up)
         return torch.ops.aten.silu_backward(grad_y * up, gate), F.silu(gate).mul_(grad_y)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, both (..., inner)."""
-    return _SwiGLU.apply(gate, up) if gate.requires_grad and up.requires_grad else F.silu(gate) * up
+    if gate.requires_grad and up.requires_grad:
+        return _SwiGLU.apply(gate, up)
+    fast = None if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad) else _fast(gate, up)
+    return F.silu(gate) * up if fast is None else fast.swiglu(gate, up)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    fast = block.kernel() if block.takes_rotation(x, cos, sin) else None
+    if fast is not None:
+        return fast.rotation(x, cos, sin)
     half = x.shape[-1] // 2
     rotated = x * cos
     rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
@@ -105,6 +130,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + d/2) of x, (B, H, T, d), by angles whose cosines and sines, (B, 1, T, d), are the same in both
     halves."""
     return _Rotation.apply(x, cos, sin) if x.requires_grad else _rotate(x, cos, sin)
+
+
+class _FastAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: block.Kernel) -> Tensor:
+        y, log_sum = remembered(lambda: kernel.attention(q, k, v))
+        ctx.save_for_backward(q, k, v, y, log_sum)
+        ctx.kernel = kernel
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.kernel.attention_backward(grads[0], *ctx.saved_tensors), None
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -142,11 +181,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own.
 
     Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S) or None.
-    Returns: (B, H, T, d); in float32 on a CPU where gradients are wanted.
+    Returns: (B, H, T, d); on a CPU where gradients are wanted in float32, but for heads that `kernels.block` takes.
     """
     if q.shape[2] == 1 and q.device.type == "cpu" and q.dtype != torch.float32 and not q.requires_grad:
         return _one_query(q, k, v, mask)
     causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    fast = block.kernel() if causal and block.takes_attention(q, k, v) else None
+    if fast is not None:
+        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return _FastAttention.apply(q, k, v, fast) if wanted else fast.attention(q, k, v)[0]
     # Trap: on the CPU the backward of attention is four times slower in bfloat16 than in float32 (torch 2.13), also where it
     # is autocast that asks for bfloat16.
     if q.requires_grad and q.device.type == "cpu":

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.bench import LAYER, Row, format_row
+from minilora.bench.kernels import LAYER
+from minilora.bench.rows import Row, Settings
 from minilora.kernels import gpu
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
@@ -68,13 +69,13 @@ def _weight(*shape: int) -> NF4Tensor:
 
 
 def unpacking() -> Iterator[Row]:
-    """A 7B model's largest layer out of 4 bits (ours), against copying as many bytes as that reads and writes (peer)."""
+    """A 7B model's largest layer out of 4 bits (ours), against copying as many bytes as that reads and writes (limit)."""
     weight = _weight(*LAYER)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         out = torch.empty(LAYER, dtype=dtype, device=DEVICE)
         source = torch.zeros((weight.nbytes + out.nbytes) // 2, dtype=torch.uint8, device=DEVICE)     # read, and written
-        ours, peer = in_turns(partial(weight.dequantize, out=out), partial(torch.empty_like(source).copy_, source))
-        yield Row(f"gpu_dequant_{name}", "s", ours, peer, peer / ours)
+        ours, limit = in_turns(partial(weight.dequantize, out=out), partial(torch.empty_like(source).copy_, source))
+        yield Row(f"gpu_dequant_{name}", "s", ours, limit=limit, limit_is="copy")
 
 
 def products() -> Iterator[Row]:
@@ -85,13 +86,13 @@ def products() -> Iterator[Row]:
         for rows in (1, 16, 32, 128, 512):
             x = _normal(rows, LAYER[1]).to(DEVICE, torch.bfloat16)
             ours, peer = in_turns(partial(layer, x), partial(F.linear, x, dense))
-            yield Row(f"gpu_linear_rows_{rows}", "s", ours, peer, peer / ours)
+            yield Row(f"gpu_linear_rows_{rows}", "s", ours, peer, peer / ours, against="dense")
     for rows in (16, 128, 512):
         x = _normal(rows, LAYER[1]).to(DEVICE, torch.bfloat16).requires_grad_()
         grad = _normal(rows, LAYER[0]).to(DEVICE, torch.bfloat16)
         back = partial(torch.autograd.grad, layer(x), x, grad, retain_graph=True)
         ours, peer = in_turns(back, partial(torch.matmul, grad, dense))
-        yield Row(f"gpu_gradient_rows_{rows}", "s", ours, peer, peer / ours)
+        yield Row(f"gpu_gradient_rows_{rows}", "s", ours, peer, peer / ours, against="dense")
 
 
 def launching() -> Iterator[Row]:
@@ -101,7 +102,7 @@ def launching() -> Iterator[Row]:
     x = _normal(1, 1024).to(DEVICE, torch.bfloat16)
     with torch.no_grad():
         ours, peer = host_seconds(partial(layer, x)), host_seconds(partial(F.linear, x, dense))
-    yield Row("gpu_launch_rows_1", "s", ours, peer, peer / ours)
+    yield Row("gpu_launch_rows_1", "s", ours, peer, peer / ours, against="dense")
 
 
 def crossing() -> Iterator[Row]:
@@ -118,27 +119,15 @@ def crossing() -> Iterator[Row]:
             x = _normal(rows, LAYER[1]).to(DEVICE, dtype)
             fused = partial(kernel.product, x, *weight.for_kernel(), LAYER[0])
             ours, peer = in_turns(fused, partial(_unpacked, x, weight), rounds=10)
-            yield Row(f"gpu_fused_{name}_rows_{rows}", "s", ours, peer, peer / ours)
+            yield Row(f"gpu_fused_{name}_rows_{rows}", "s", ours, peer, peer / ours, against="unpacked")
 
 
 def _unpacked(x: Tensor, weight: NF4Tensor) -> Tensor:
     return F.linear(x, weight.dequantize(x.dtype))
 
 
-BENCHES: tuple[Callable[[], Iterator[Row]], ...] = (unpacking, products, launching, crossing)
-
-
-def bench() -> Iterator[Row]:
-    """Measure, one row after another; none without a GPU."""
+def gpu_kernels(_: Settings) -> Iterator[Row]:
+    """All of these; no rows without a GPU."""
     if torch.cuda.is_available():
-        for rows in BENCHES:
+        for rows in (unpacking, products, launching, crossing):
             yield from rows()
-
-
-if __name__ == "__main__":
-    found = False
-    for row in bench():
-        found = True
-        print(format_row(row), flush=True)
-    if not found:
-        print("no GPU: nothing to measure (torch.cuda.is_available() is False)")

@@ -1,0 +1,255 @@
+"""The vector code of `block_cpu.cpp`, called with tensors: what a block of a Llama does besides its linears.
+
+`kernel()` is the compiled library, or None where there is none: without AVX-512, without a compiler (said once), or where
+``MINILORA_KERNELS=reference`` asks for none.  Then the caller takes torch's operations.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.build import NATIVE, BuildError, load
+
+SOURCE = Path(__file__).with_name("block_cpu.cpp")
+HEAD_DIMS = (64, 128)               # those that the attention is compiled for: whole tiles of 64
+# Narrower rows keep torch's operations, and with them torch's bits: figures that are published hang on those of the small model
+# that ships (256 and 512 wide), and at such widths there is nothing to gain.
+NARROWEST = 768
+
+
+class _View(ctypes.Structure):
+    """`struct View` of block_rows.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64))
+
+
+class _Attention(ctypes.Structure):
+    """`struct Attention` of block_cpu.cpp."""
+
+    _fields_ = (*((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "length")), ("scale", ctypes.c_float),
+                *((name, _View) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")), ("log_sum", ctypes.c_void_p))
+
+
+class _SwiGLU(ctypes.Structure):
+    """`struct SwiGLU` of block_rows.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up"))
+
+
+class _Norm(ctypes.Structure):
+    """`struct Norm` of block_rows.h."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "d_y", "y", "d_x", "inverse")),
+                ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("eps", ctypes.c_float))
+
+
+class _Rotation(ctypes.Structure):
+    """`struct Rotation` of block_rows.h."""
+
+    _fields_ = (("x", _View), ("y", _View), ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p),
+                *((name, ctypes.c_int64) for name in ("heads", "length", "head_dim", "same")))
+
+
+def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
+    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or x.device.type != "cpu":
+        raise ValueError(f"the kernel takes contiguous {dtype} {shape} on the CPU, not {x.dtype} {tuple(x.shape)} with strides "
+                         f"{x.stride()} on {x.device}")
+    return x.data_ptr()
+
+
+def _view(x: Tensor, shape: tuple[int, ...]) -> _View:
+    """Where the elements lie; C code believes what it is told, so what it can't read stops here."""
+    if x.dtype != torch.bfloat16 or x.shape != shape or x.stride(-1) != 1 or x.device.type != "cpu":
+        raise ValueError(f"the kernel takes bfloat16 {shape} with adjacent columns on the CPU, not {x.dtype} {tuple(x.shape)} "
+                         f"with strides {x.stride()} on {x.device}")
+    return _View(x.data_ptr(), *x.stride()[:3])
+
+
+def _empty(batch: int, heads: int, length: int, head_dim: int) -> Tensor:
+    """(B, H, T, d) that lies as (B, T, H, d), as projections want it."""
+    return torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
+
+
+def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `Kernel.attention` is made for these."""
+    return (q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-1] in HEAD_DIMS
+            and q.shape[2] == k.shape[2] and q.numel() > 0)
+
+
+def takes_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `Kernel.rotation` is made for these."""
+    return (x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] in HEAD_DIMS
+            and x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous() and x.numel() > 0)
+
+
+def takes_rows(*tensors: Tensor) -> bool:
+    """Whether `Kernel.swiglu` and `Kernel.norm` are made for tensors of such rows."""
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= NARROWEST and x.shape[-1] % 16 == 0
+               and x.is_contiguous() and x.numel() > 0 for x in tensors)
+
+
+class Kernel:
+    """The compiled library.
+
+    Args: machine: compiler flags for the instruction set.
+    Raises: BuildError: it cannot be made (see `build.load`).
+    """
+
+    def __init__(self, machine: tuple[str, ...] = NATIVE) -> None:
+        library = load(SOURCE, machine)
+        self.works = bool(library.block_machine())              # compiled for AVX-512
+        if self.works:
+            self._forward, self._backward = library.block_attention, library.block_attention_backward
+            for function in (self._forward, self._backward):
+                function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int], None
+            self._swiglu, self._norm, self._rotation = library.block_swiglu, library.block_norm, library.block_rotation
+            self._rotation.argtypes, self._rotation.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
+            self._swiglu.argtypes, self._swiglu.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
+            self._norm.argtypes, self._norm.restype = [ctypes.c_void_p, ctypes.c_int], None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(q·kᵀ / √d)·v, each position over those up to its own.
+
+        Args: q: (B, H, T, d) bfloat16. k, v: (B, Hkv, T, d), each read by H / Hkv heads of q.  d is 64 or 128 and lies side by
+            side; other strides are any.
+        Returns: (B, H, T, d) bfloat16, lying as (B, T, H, d), and log2 Σ exp of each row, (B, H, T) float32.
+        Guarantee: computed in float32 and rounded once; a head's result depends on no other, nor on threads
+            (tests/kernels/test_block.py).
+        """
+        o, log_sum = _empty(*q.shape), torch.empty(q.shape[:3])
+        call = self._call(q, k, v, o, log_sum)
+        self._forward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
+        return o, log_sum
+
+    def attention_backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+                           log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v.
+
+        Args: grad: of o, (B, H, T, d) bfloat16. o, log_sum: what `attention` gave.
+        Returns: three bfloat16 tensors of the shapes of q, k, v, lying as (B, T, H, d).
+        Guarantee: summed in float32 and rounded once, over the heads of a group in their order; the rows' sums
+            Σ grad · o take o as it was rounded, as torch's kernel does (tests/kernels/test_block.py).
+        """
+        found = _empty(*q.shape), _empty(*k.shape), _empty(*v.shape)
+        call = self._call(q, k, v, o, log_sum)
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()      # held until the call is over
+        call.d_o = _view(grad, tuple(q.shape))
+        call.d_q, call.d_k, call.d_v = (_view(x, tuple(x.shape)) for x in found)
+        self._backward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
+        return found
+
+    def rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Each pair (i, i + d/2) of x rotated, rounded once.
+
+        Args: x: (B, H, T, d) bfloat16, d side by side, 64 or 128. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
+        Returns: (B, H, T, d), lying as (B, T, H, d).
+        """
+        batch, heads, length, head_dim = x.shape
+        if head_dim not in HEAD_DIMS or cos.shape[0] not in (1, batch):
+            raise ValueError(f"the kernel takes heads of {HEAD_DIMS} and cosines of {batch} sequences, or of all, not "
+                             f"{tuple(x.shape)} and {tuple(cos.shape)}")
+        y, shape, angles = _empty(*x.shape), tuple(x.shape), (cos.shape[0], 1, length, head_dim)
+        call = _Rotation(_view(x, shape), _view(y, shape), _address(cos, angles), _address(sin, angles), heads, length,
+                         head_dim, cos.shape[0] == 1)
+        self._rotation(ctypes.byref(call), batch, torch.get_num_threads())
+        return y
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) · up in one pass, rounded once.
+
+        Args: gate, up: (..., inner) bfloat16, contiguous, inner a multiple of 16.
+        """
+        y, shape = torch.empty_like(gate), tuple(gate.shape)
+        call = _SwiGLU(_address(gate, shape), _address(up, shape), None, _address(y, shape))
+        self._elementwise(call, gate)
+        return y
+
+    def swiglu_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up in one pass, rounded once; grad: of what `swiglu` gave, (..., inner)."""
+        d_gate, d_up, shape = torch.empty_like(gate), torch.empty_like(up), tuple(gate.shape)
+        grad = grad.contiguous()                                # held until the call is over
+        call = _SwiGLU(_address(gate, shape), _address(up, shape), _address(grad, shape), None,
+                       _address(d_gate, shape), _address(d_up, shape))
+        self._elementwise(call, gate)
+        return d_gate, d_up
+
+    def _elementwise(self, call: _SwiGLU, gate: Tensor) -> None:
+        if gate.shape[-1] % 16:
+            raise ValueError(f"the kernel takes rows of a multiple of 16, not {gate.shape[-1]}")
+        self._swiglu(ctypes.byref(call), gate.numel(), torch.get_num_threads())
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x / √(mean(x²) + ε) · weight, rounded once.
+
+        Args: x: (..., size) bfloat16, contiguous, size a multiple of 16. weight: (size,) bfloat16.
+        Returns: (..., size) bfloat16, and 1 / √(mean(x²) + ε), (..., 1) float32.
+        """
+        y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+        call = self._rows(x, weight, inverse)
+        call.y, call.eps = _address(y, tuple(x.shape)), eps
+        self._norm(ctypes.byref(call), torch.get_num_threads())
+        return y, inverse
+
+    def norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        """The gradient of x, rounded once; grad: of what `norm` gave, (..., size); inverse: what `norm` gave."""
+        d_x, grad = torch.empty_like(x), grad.contiguous()
+        call = self._rows(x, weight, inverse)
+        call.d_y, call.d_x = _address(grad, tuple(x.shape)), _address(d_x, tuple(x.shape))
+        self._norm(ctypes.byref(call), torch.get_num_threads())
+        return d_x
+
+    @staticmethod
+    def _rows(x: Tensor, weight: Tensor, inverse: Tensor) -> _Norm:
+        size = x.shape[-1]
+        if size % 16:
+            raise ValueError(f"the kernel takes rows of a multiple of 16, not {size}")
+        return _Norm(_address(x, tuple(x.shape)), _address(weight, (size,)), rows=x.numel() // size, size=size,
+                     inverse=_address(inverse, (*x.shape[:-1], 1), torch.float32))
+
+    @staticmethod
+    def _call(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor) -> _Attention:
+        batch, heads, length, head_dim = q.shape
+        kv_heads = k.shape[1]
+        if head_dim not in HEAD_DIMS or heads % kv_heads:
+            raise ValueError(f"the kernel takes heads of {HEAD_DIMS}, query heads a multiple of key/value heads, not {heads} "
+                             f"of {head_dim} and {kv_heads}")
+        if log_sum.shape != q.shape[:3] or log_sum.dtype != torch.float32 or not log_sum.is_contiguous():
+            raise ValueError(f"log_sum must be contiguous float32 {tuple(q.shape[:3])}, not {log_sum.dtype} "
+                             f"{tuple(log_sum.shape)}")
+        shared = (batch, kv_heads, length, head_dim)
+        return _Attention(batch, heads, kv_heads, length, head_dim ** -0.5, _view(q, tuple(q.shape)), _view(k, shared),
+                          _view(v, shared), _view(o, tuple(q.shape)), log_sum=log_sum.data_ptr())
+
+
+_lock = threading.Lock()
+_tried: list[Kernel | None] = []
+
+
+def kernel() -> Kernel | None:
+    """The library for this machine, made at the first call, or None.
+
+    Where none can be compiled a warning says why, once; with ``MINILORA_KERNELS=reference``, or without AVX-512, none is
+    wanted, and nothing is said.
+    """
+    if not _tried:
+        with _lock:
+            if not _tried:
+                _tried.append(_make())
+    return _tried[0]
+
+
+def _make() -> Kernel | None:
+    if os.environ.get("MINILORA_KERNELS") == "reference":
+        return None
+    try:
+        made = Kernel()
+    except BuildError as error:
+        warnings.warn(f"attention, norms and SwiGLU take torch's operations: {error}", RuntimeWarning, stacklevel=4)
+        return None
+    return made if made.works else None
