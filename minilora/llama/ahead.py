@@ -11,14 +11,14 @@ on the same cores make both sleep; so the reader moves bytes, and computes nothi
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def read_ahead(reads: Sequence[Callable[[], Item]]) -> Iterator[Item]:
+def read_ahead(reads: Sequence[Callable[[], Item]]) -> Generator[Item, None, None]:
     """Call one after the other in a thread of its own, one ahead of the caller.
 
     Args:
