@@ -144,7 +144,7 @@ def _train(args: argparse.Namespace) -> None:
 def _predictor(args: argparse.Namespace) -> Any:
     from minilora.predict import Predictor
     return Predictor.load(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device,
-                          args.dtype, args.max_length, args.pad_vocab)
+                          args.dtype, args.max_length, args.pad_vocab, args.cache)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

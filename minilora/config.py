@@ -27,7 +27,7 @@ else:
 
 # Settings that a resumed run may change.
 MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device",
-              "resident_mib", "page_bytes", "backing"}
+              "resident_mib", "page_bytes", "backing", "cache"}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -87,6 +87,7 @@ class TrainConfig:
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = _setting("auto", "compute type: auto, float32, bfloat16 or float16")
     pad_vocab: bool = _setting(False, "fill missing embedding rows with their mean")
+    cache: bool = _setting(False, "keep a 4-bit copy of the base beside it, and read that the next time")
     resume: bool = _setting(False, "go on from the run folder's newest checkpoint")
     overwrite: bool = _setting(False, "replace an existing run folder")
     quiet: bool = _setting(False, "no progress on the terminal")

@@ -63,6 +63,7 @@ def answer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("auto", "nf4", "none"), default="auto",
                         help="how to store the base; auto is as in training, or nf4 without an adapter")
     parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")
+    parser.add_argument("--cache", action="store_true", help="keep a 4-bit copy of the base beside it, or read that one")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and label together (default: the run's)")
     parser.add_argument("--input-column", default="input", help="column of notes")
 

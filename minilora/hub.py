@@ -1,17 +1,30 @@
 """From what a user types after --model to a folder on disk: the model that ships, a folder, or a Hugging Face hub id.
 
 Only what is needed is fetched: config, tokenizer, and the safetensors, or the .bin files where a repository has no
-safetensors.  huggingface-hub does the work (its cache, its resume, its token); this file turns its errors into one line
-that says what to do.  The token itself is never printed.
+safetensors.  huggingface-hub does the work (its cache, its resume, its token); this file asks first whether the disk has
+room, compares the hash of what came, and turns errors into one line that says what to do.  The token itself is never printed.
+
+What is resumed: within a command a connection that breaks goes on less than 10 MB before where it broke; a command that was
+killed starts the file again that was under way, and no other.
 """
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import os
 import re
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from minilora.errors import CheckpointError, HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
 
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "README.md", "LICENSE*")
@@ -74,11 +87,15 @@ def _download(repo: str, revision: str | None, progress: bool, weights: bool) ->
     silenced = not progress and not utils.are_progress_bars_disabled()
     if silenced:
         utils.disable_progress_bars()
-    wanted = [*SMALL_FILES, *SAFETENSORS] if weights else ["config.json"]
     try:
+        wanted, missing = _plan(repo, revision, weights)
+        _check_space(repo, sum(file.file_size or 0 for file in missing))
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
-        if weights and not any(folder.glob("model*.safetensors")):
+        if weights and not missing and not any(folder.glob("model*.safetensors")):      # no plan was made: from the cache
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, *BIN]))
+        _check_hashes(repo, folder, [file.filename for file in missing], progress)
+    except HubError:
+        raise
     except Exception as error:
         raise _explained(error, repo, revision) from error
     finally:
@@ -93,15 +110,72 @@ def _download(repo: str, revision: str | None, progress: bool, weights: bool) ->
     return folder
 
 
+def _plan(repo: str, revision: str | None, weights: bool) -> tuple[list[str], list[DryRunFileInfo]]:
+    """What to ask for, as patterns, and the files of it that are to come; none where the hub does not answer."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if not weights:
+        return ["config.json"], []
+    try:
+        files = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, *SAFETENSORS, *BIN],
+                                                  dry_run=True)
+    except errors.DryRunError:      # what is wrong, the download itself will say, if the cache cannot help
+        return [*SMALL_FILES, *SAFETENSORS], []
+    kind = SAFETENSORS if any(fnmatch(file.filename, "model*.safetensors") for file in files) else BIN
+    wanted = [*SMALL_FILES, *kind]
+    return wanted, [file for file in files if file.will_download and any(fnmatch(file.filename, each) for each in wanted)]
+
+
+def _check_space(repo: str, needed: int) -> None:
+    """Refuse a download of `needed` bytes that the cache's disk has no room for."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.is_dir())).free
+    if needed > free:
+        raise HubError(f"{repo}: {needed / 1e9:.1f} GB are to be fetched, and the cache {cache} has {free / 1e9:.1f} GB free; "
+                       "free some space or point HF_HOME to another disk")
+
+
+def _check_hashes(repo: str, folder: Path, names: Sequence[str], progress: bool) -> None:
+    """Compare files that have just come with the hash that the hub lists for each; one that differs is removed.
+
+    Why: huggingface-hub compares sizes alone (2.4).  Its cache names a file's content by that hash: SHA-256 of a large file,
+    git's SHA-1 of a small one.
+    """
+    paths = [(folder / name).resolve() for name in names]
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="check", disable=not progress) as bar:
+        for name, path in zip(names, paths, strict=True):
+            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+                found = hashlib.sha256()
+            elif re.fullmatch(r"[0-9a-f]{40}", path.name):
+                found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+            else:
+                continue            # a disk without links: the name says nothing
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    found.update(block)
+                    bar.update(len(block))
+            if found.hexdigest() != path.name:
+                path.unlink()
+                (folder / name).unlink(missing_ok=True)
+                raise HubError(f"{repo}: {name} is not what the hub lists (its hash differs), and was removed; run the command "
+                               "again to fetch it once more")
+
+
 def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
     """The one line that tells a user what to do about an error of huggingface-hub."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
+    # Trap: that the hub refused or failed is wrapped in "not in the cache", if it was no 401 (huggingface-hub 2.4).
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__
     at = f"{repo} (revision {revision})" if revision else repo
     page = f"https://huggingface.co/{repo}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    has_token = bool(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"))
-    token = "HF_TOKEN is set: does it belong to an account that was granted access?" if has_token else \
+    token = "then try again: a token is set; does it belong to an account that was granted access?" if get_token() else \
         "then set HF_TOKEN to a token of that account"
     # The order matters: GatedRepoError is a RepositoryNotFoundError, and most are HfHubHTTPError.
     if isinstance(error, errors.HFValidationError):
@@ -113,6 +187,9 @@ def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(f"{repo}: no such folder here and no such repository on the hub; check the spelling at {page}, and if "
                         "it is private set HF_TOKEN to a token that may read it")
+    if status == 401 and "Invalid credentials" in error.response.headers.get("X-Error-Message", ""):
+        return HubError(f"{repo}: the hub does not know the token that is set; make one at "
+                        "https://huggingface.co/settings/tokens and set HF_TOKEN to it")
     if status in (401, 403):
         return HubError(f"{repo}: the hub refuses (HTTP {status}): ask for access at {page} and {token}")
     if isinstance(error, errors.LocalTokenNotFoundError):

@@ -13,6 +13,7 @@ from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.own_base import own_base
+from minilora.quantized_cache import load_through_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,8 +51,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf4", double_quant: bool = True,
                dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", adapter: str | Path | None = None,
-               blocksize: int = 64, pad_vocab: bool = False, revision: str | None = None, progress: bool = False
-               ) -> LlamaForCausalLM:
+               blocksize: int = 64, pad_vocab: bool = False, revision: str | None = None, progress: bool = False,
+               cache: bool = False) -> LlamaForCausalLM:
     """Load a Llama-family model, quantizing while reading, with or without an adapter.
 
     Args:
@@ -62,6 +63,7 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
         adapter: folder of a PEFT adapter to attach; one that brings its own base (PiSSA, LoftQ) is put over that.
         pad_vocab: fill a table that has fewer rows than config.json says with its mean row.
         revision: branch, tag or commit on the hub.
+        cache: keep a 4-bit copy beside the model, and read that the next time (`quantized_cache`).
 
     Returns: the model in eval mode; with an adapter, its LoRA parameters are trainable.
     Raises: CheckpointError, HubError, ConfigError: see the modules that do the work; ConfigError: an argument.
@@ -75,9 +77,13 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
     device = pick_device(str(device))
     if adapter is not None:
         read_adapter_config(adapter)        # a bad one is refused before gigabytes are read
-    folder = (own_base(adapter) if adapter is not None else None) or resolve_model(path_or_hub_id, revision=revision)
-    model = load_checkpoint(folder, quantize=quantize, double_quant=double_quant, blocksize=blocksize, dtype=dtype,
-                            device=device, pad_vocab=pad_vocab, progress=progress)
+    own = own_base(adapter) if adapter is not None else None
+    folder = own or resolve_model(path_or_hub_id, revision=revision, progress=progress)
+    if cache and quantize == "nf4" and own is None and path_or_hub_id != "tiny":
+        model = load_through_cache(folder, double_quant, blocksize, dtype, device, pad_vocab, progress)
+    else:
+        model = load_checkpoint(folder, quantize=quantize, double_quant=double_quant, blocksize=blocksize, dtype=dtype,
+                                device=device, pad_vocab=pad_vocab, progress=progress)
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()

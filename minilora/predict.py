@@ -71,7 +71,8 @@ class Predictor:
     @classmethod
     def load(cls, model: str, adapter: str | Path | None = None, labels: str | Path | None = None, free: bool = False,
              template: str | None = None, quantize: Literal["auto", "nf4", "none"] = "auto", device: str = "auto",
-             dtype: str = "auto", max_length: int | None = None, pad_vocab: bool = False) -> Predictor:
+             dtype: str = "auto", max_length: int | None = None, pad_vocab: bool = False,
+             cache: bool = False) -> Predictor:
         """Load what a run folder and the flags describe; everything small is read before the weights.
 
         Args:
@@ -79,6 +80,7 @@ class Predictor:
             adapter: run folder, or any PEFT adapter; None for the model alone.
             labels: file of labels; default the run folder's labels.txt. free: ignore labels and write freely.
             template, max_length: default those of the run. quantize: "auto" stores the base as in training.
+            pad_vocab, cache: as in `load_model`.
 
         Raises: MiniloraError: anything that cannot be loaded, or no labels where they are needed.
         """
@@ -104,7 +106,8 @@ class Predictor:
         four_bit = quantize == "nf4" or (quantize == "auto" and stored is not None)
         how = stored or Quantization()
         loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=how.double_quant,
-                            blocksize=how.blocksize, dtype=compute, device=on, adapter=adapter, pad_vocab=pad_vocab)
+                            blocksize=how.blocksize, dtype=compute, device=on, adapter=adapter, pad_vocab=pad_vocab,
+                            cache=cache)
         return cls(loaded, tokenizer, prompt, known, max_length or length)
 
     def predict(self, notes: Sequence[str]) -> list[Prediction]:

@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_run(out, config.resume, config.overwrite)
     if config.resume:
         config.check_resumes(out / "config.toml")
-    folder = resolve_model(config.model)
+    folder = resolve_model(config.model, progress=not config.quiet)
     tokenizer = read_tokenizer(folder)
     device = pick_device(config.device)
     dtype = torch.float32 if full else pick_dtype(config.dtype, device)
@@ -143,7 +143,7 @@ def train(config: TrainConfig) -> TrainResult:
     started = start is not None and config.resume and has_checkpoint(out)
     model = load_model(out / FOLDER if started else folder, quantize=None if config.quantize == "none" else "nf4",
                        double_quant=config.double_quant, blocksize=config.blocksize, dtype=dtype, device=device,
-                       pad_vocab=config.pad_vocab, progress=not config.quiet)
+                       pad_vocab=config.pad_vocab, progress=not config.quiet, cache=config.cache)
     torch.manual_seed(config.seed)
     if not full:
         add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))

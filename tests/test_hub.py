@@ -83,8 +83,10 @@ class FakeHub:
     def __init__(self, folder: Path, files: list[str]) -> None:
         self.folder, self.files, self.calls = folder, files, []     # type: tuple[Path, list[str], list[dict[str, Any]]]
 
-    def __call__(self, repo: str, **options: Any) -> str:
+    def __call__(self, repo: str, dry_run: bool = False, **options: Any) -> str:
         from fnmatch import fnmatch
+        if dry_run:
+            raise errors.DryRunError("offline")         # tests/test_hub_download.py has the hub that answers
         self.calls.append({"repo": repo, **options})
         for name in self.files:
             if any(fnmatch(name, pattern) for pattern in options["allow_patterns"]):
