@@ -174,7 +174,8 @@ def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
         error = error.__cause__
     at = f"{repo} (revision {revision})" if revision else repo
     page = f"https://huggingface.co/{repo}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    response = getattr(error, "response", None)
+    status, said = getattr(response, "status_code", None), getattr(response, "headers", {}).get("X-Error-Message", "")
     token = "then try again: a token is set; does it belong to an account that was granted access?" if get_token() else \
         "then set HF_TOKEN to a token of that account"
     # The order matters: GatedRepoError is a RepositoryNotFoundError, and most are HfHubHTTPError.
@@ -187,7 +188,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(f"{repo}: no such folder here and no such repository on the hub; check the spelling at {page}, and if "
                         "it is private set HF_TOKEN to a token that may read it")
-    if status == 401 and "Invalid credentials" in error.response.headers.get("X-Error-Message", ""):
+    if status == 401 and "Invalid credentials" in said:
         return HubError(f"{repo}: the hub does not know the token that is set; make one at "
                         "https://huggingface.co/settings/tokens and set HF_TOKEN to it")
     if status in (401, 403):
