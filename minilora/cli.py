@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -84,6 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("memory", _memory, "say what a run will take, before anything is loaded: full fine-tuning, LoRA and QLoRA")
     memory_flags(sub)
+
+    sub = command("show", _show, "show one row as training sees it: prompt, tokens, and which of them carry loss (the note is "
+                                 "patient data, and is printed)")
+    sub.add_argument("--model", required=True, help="tiny, a folder, or a hub id: whose tokenizer is used")
+    sub.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
+    sub.add_argument("--row", type=int, default=1, metavar="N", help="number of the row, from 1, as in messages")
+    sub.add_argument("--template", default="note", help="prompt: note, inst, meditron, tiny, or a text file with one {input}")
+    sub.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of prompt and label together")
+    sub.add_argument("--input-column", default="input", help="column of notes")
+    sub.add_argument("--label-column", default="label", help="column of labels")
 
     sub = command("report", _report, "write a run as one HTML page: training, memory, scores, errors, settings")
     sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
@@ -212,6 +223,15 @@ def _memory(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from minilora.report import write_report
     print(write_report(args.folder, args.out, args.evaluation, args.show_text, args.overwrite))
+
+
+def _show(args: argparse.Namespace) -> None:
+    from minilora.data.prompts import load_template
+    from minilora.loading import load_tokenizer
+    from minilora.show import render, show_row
+    shown = show_row(load_tokenizer(args.model), load_template(args.template), args.data, args.row, args.max_length,
+                     args.input_column, args.label_column)
+    print(render(shown, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
 
 def _audit(args: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ class TrainConfig:
     val: str = _setting("", "validation table with the same columns; none if empty")
     input_column: str = _setting("input", "column of notes")
     label_column: str = _setting("label", "column of labels")
-    template: str = _setting("note", "prompt: note, inst, tiny (made for the small model), or a text file with one {input}")
+    template: str = _setting("note", "prompt: note, inst, meditron, tiny (of the small model), or a text file with one {input}")
     quantize: Literal["nf4", "none"] = _setting("nf4", "store the base in 4 bits (QLoRA), or not (LoRA)")
     tune: Literal["lora", "full"] = _setting("lora", "train low-rank adapters over a frozen base, or all weights (full; in "
                                                      "float32, needs quantize none)")

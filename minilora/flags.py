@@ -59,7 +59,8 @@ def answer_flags(parser: argparse.ArgumentParser) -> None:
     among = parser.add_mutually_exclusive_group()
     among.add_argument("--labels", help="file with one label a line (default: the run's labels.txt)")
     among.add_argument("--free", action="store_true", help="write freely instead of choosing a label")
-    parser.add_argument("--template", help="prompt: note, inst, tiny, or a text file with one {input} (default: the run's)")
+    parser.add_argument("--template",
+                        help="prompt: note, inst, meditron, tiny, or a text file with one {input} (default: the run's)")
     parser.add_argument("--quantize", choices=("auto", "nf4", "none"), default="auto",
                         help="how to store the base; auto is as in training, or nf4 without an adapter")
     parser.add_argument("--dtype", default="auto", help="compute type: auto, float32, bfloat16 or float16")

@@ -63,7 +63,9 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "note": Template("note", "Note: {input}\nLabel:"),
-    "inst": Template("inst", "[INST] {input} [/INST]"),
+    "inst": Template("inst", "[INST] {input} [/INST]"),        # Llama 2's chat models; plain text to a base model
+    # What Meditron's question-answering descendants were tuned with (epfLLM/meditron); to the base itself it is plain text.
+    "meditron": Template("meditron", "<|im_start|>question\n{input}<|im_end|>\n<|im_start|>answer\n"),
     "tiny": Template("tiny", "Note: {input}\nIn short:"),      # how the small model's pretraining text begins a reading
 }
 DEFAULT_TEMPLATE = "note"

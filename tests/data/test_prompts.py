@@ -204,7 +204,7 @@ def test_bad_template_files_end_with_one_line(tmp_path: Path, content: bytes, wo
 
 
 def test_an_unknown_template_names_what_there_is():
-    with pytest.raises(ConfigError, match=r"no template 'nope'; available: inst, note, tiny, or a UTF-8 file"):
+    with pytest.raises(ConfigError, match=r"no template 'nope'; available: inst, meditron, note, tiny, or a UTF-8 file"):
         load_template("nope")
 
 
