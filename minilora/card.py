@@ -1,10 +1,15 @@
-"""The model card that is saved with every run: what it is, what it was made from, what it must not be used for."""
+"""The model card that is saved with every run: what it is, what it was made from, what it must not be used for.
+
+`evaluate` adds what the run scored: a line for each table that it was scored on, named by its hash.
+"""
 from __future__ import annotations
 
 import hashlib
 import json
 import math
 import platform
+import re
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from minilora.config import TrainConfig
+from minilora.errors import OutputError
 from minilora.files import write_text
 
 if TYPE_CHECKING:
+    from minilora.evaluate import Evaluation
     from minilora.train import TrainResult
+
+SCORES = re.compile(r"^## Scores\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+MADE_BY = "| made with | minilora "
 
 
 def file_sha256(path: str | Path) -> str:
@@ -50,6 +60,11 @@ def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str]
         ("steps", f"{result.steps} of {config.batch_size} x {config.accumulate} notes"),
         ("last training loss", f"{result.loss:.4f}" if math.isfinite(result.loss) else "resumed after the last step"),
         ("validation loss", f"{result.val_loss:.4f}" if result.val_loss is not None else "not measured"),
+        ("learning rate", f"{config.lr:g} at its peak" if config.lr else "QLoRA's, by width"),
+        ("schedule", f"warm-up over {config.warmup:g} of the steps, then a cosine to 0; gradients clipped to norm "
+                     f"{config.max_grad_norm:g}"),
+        ("optimizer", f"{config.optimizer}, moments in {config.state_bits} bits, weight decay {config.weight_decay:g}"),
+        ("prompt", f"template {Path(config.template).name}, at most {config.max_length} tokens with the label"),
         ("seed", str(config.seed)),
         ("made with", f"minilora {version('minilora')}, torch {torch.__version__}, Python {platform.python_version()}"),
     ]
@@ -97,3 +112,38 @@ on others it still answers, and may be sure of itself while it is wrong. Evaluat
 
 {listed}
 """)
+
+
+def record_scores(run: str | Path, data: str | Path, evaluation: Evaluation, free: bool = False) -> None:
+    """Add what a run scored on a table to its model card, in the place of an earlier score on the same table.
+
+    Args:
+        run: the folder that was evaluated; without a card that training wrote, nothing happens.
+        data: the table. free: whether answers were written instead of chosen among the labels.
+
+    A card that cannot be written is a warning: the scores stand in metrics.json.
+    """
+    card = Path(run) / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return
+    if MADE_BY not in text:
+        return
+    name = f"| `{file_sha256(data)[:16]}` |"
+    found = SCORES.search(text)
+    rows = [line for line in (found[0] if found else "").splitlines() if line.startswith("| `") and not line.startswith(name)]
+    scores = []
+    for key in ("exact_match", "macro_f1", "cosine"):
+        low, high = evaluation.intervals[key]
+        scores.append(f"{getattr(evaluation, key):.3f} [{low:.3f}, {high:.3f}]")
+    rows.append(f"{name} {evaluation.n:,} | {'written freely' if free else 'chosen among labels'} | {' | '.join(scores)} |")
+    section = ("## Scores\n\nWith 95 % intervals over the notes; cosine is that of the base model's own embeddings.\n\n"
+               "| SHA-256 of the table | notes | answers | exact match | macro F1 | cosine |\n"
+               "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n")
+    text = SCORES.sub("", text)
+    before, heading, after = text.partition("## Intended use")
+    try:
+        write_text(card, before + section + heading + after if heading else text + "\n" + section)
+    except OutputError as error:
+        warnings.warn(f"the scores were not added to the model card ({error})", stacklevel=2)

@@ -159,10 +159,12 @@ def _predictor(args: argparse.Namespace) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from minilora.card import record_scores
     from minilora.score import read_scored_table, score_table
     read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
     evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
                              args.overwrite, args.quiet)
+    record_scores(args.adapter or args.model, args.data, evaluation, args.free)
     if not args.quiet:
         from minilora.evaluate import format_table
         print(format_table(evaluation))

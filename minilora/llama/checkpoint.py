@@ -139,7 +139,7 @@ def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4",
     Returns: the model in eval mode.
     Raises: CheckpointError: files missing, cut short or not matching config.json; one line, before memory is taken where
         the headers tell. ConfigError: an argument.
-    Guarantee: peak memory is that of the result and one tensor (tests/llama/test_checkpoint.py).
+    Guarantee: peak memory is that of the result and two tensors (tests/llama/test_checkpoint.py).
     """
     folder = Path(folder)
     if quantize not in ("nf4", None):
