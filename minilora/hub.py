@@ -176,7 +176,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> HubError:
     page = f"https://huggingface.co/{repo}"
     response = getattr(error, "response", None)
     status, said = getattr(response, "status_code", None), getattr(response, "headers", {}).get("X-Error-Message", "")
-    token = "then try again: a token is set; does it belong to an account that was granted access?" if get_token() else \
+    token = "then try again: a token is set (HF_TOKEN): is its account one that was granted access?" if get_token() else \
         "then set HF_TOKEN to a token of that account"
     # The order matters: GatedRepoError is a RepositoryNotFoundError, and most are HfHubHTTPError.
     if isinstance(error, errors.HFValidationError):

@@ -231,7 +231,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
-def test_peak_memory_is_the_result_and_one_tensor(tmp_path: Path, layout: str) -> None:
+def test_peak_memory_is_the_result_and_two_tensors(tmp_path: Path, layout: str) -> None:
     big = {**CONFIG, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 24, "vocab_size": 64}
     tensors = random_tensors(big)
     size = sum(tensor.nbytes for tensor in tensors.values())
