@@ -81,13 +81,14 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None, extra: dict[str, Any] | None = None
-                 ) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None, extra: dict[str, Any] | None = None,
+                 revision: str | None = None) -> None:
     """Write the model's adapters as PEFT does; `PeftModel.from_pretrained` reads the folder.
 
     Args:
         folder: created if absent; each file is replaced atomically.
         base_model: name or path recorded as the base. extra: entries added to minilora.json.
+        revision: of a base on the hub; PEFT fetches that one.
 
     Raises: ConfigError: no LoRA layers, or layers of several settings. OutputError: the disk refuses.
     """
@@ -101,7 +102,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
         save_file(adapter_tensors(model), temporary, metadata={"format": "pt"})
     save_extra(model, folder, {"base_digest": base_digest(model), **(extra or {})})
     write_json(folder / CONFIG_FILE, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "revision": revision,
+        "inference_mode": True,
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
         "target_modules": list(config.target_modules), "use_rslora": config.use_rslora, "use_dora": config.use_dora,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},

@@ -19,6 +19,7 @@ import torch
 from minilora.config import TrainConfig
 from minilora.errors import OutputError
 from minilora.files import write_text
+from minilora.hub import split_revision
 
 if TYPE_CHECKING:
     from minilora.evaluate import Evaluation
@@ -88,7 +89,7 @@ no other: on a base quantized in another way its answers differ."""
     use = f"--model {result.out}" if full else f"--model {config.model} --adapter {result.out}"
     # A JSON text is a YAML one, whatever stands in the name.
     write_text(result.out / "README.md", f"""---
-base_model: {json.dumps(config.model, ensure_ascii=False)}
+base_model: {json.dumps(split_revision(config.model)[0], ensure_ascii=False)}
 {head}
 
 | | |

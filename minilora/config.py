@@ -41,7 +41,7 @@ class TrainConfig:
     Raises: ConfigError: a value of the wrong type or out of range; `model`, `data` and `out` are required.
     """
 
-    model: str = _setting("", "base model: tiny, a folder in Hugging Face's layout, or a hub id")
+    model: str = _setting("", "base model: tiny, a folder in Hugging Face's layout, or a hub id (or ID@REVISION)")
     data: str = _setting("", "training table: CSV, JSONL or Parquet")
     out: str = _setting("", "run folder to create")
     val: str = _setting("", "validation table with the same columns; none if empty")

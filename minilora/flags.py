@@ -48,7 +48,7 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 def model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False) -> None:
     """Which model, with which adapter, where."""
-    parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id")
+    parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id (or ID@REVISION)")
     parser.add_argument("--adapter", required=adapter_required, help="run folder, or any PEFT adapter")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")

@@ -32,6 +32,7 @@ SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "token
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 BIN = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+REVISION = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 def resolve_model(name: str | os.PathLike[str], revision: str | None = None, progress: bool = True, weights: bool = True
@@ -39,8 +40,9 @@ def resolve_model(name: str | os.PathLike[str], revision: str | None = None, pro
     """The folder of a model.
 
     Args:
-        name: "tiny" (ships with the package), a folder, or a hub id such as "epfl-llm/meditron-7b".
-        revision: branch, tag or commit of a hub id.
+        name: "tiny" (ships with the package), a folder, or a hub id such as "epfl-llm/meditron-7b"; behind an @ may stand
+            which branch, tag or commit.
+        revision: the same, named apart.
         progress: show huggingface-hub's bars. weights: False fetches config.json alone.
 
     Returns: a folder that holds config.json.
@@ -65,9 +67,21 @@ def resolve_model(name: str | os.PathLike[str], revision: str | None = None, pro
     if not text or looks_like_a_path or not isinstance(name, str):
         raise CheckpointError(f"{text or repr(text)}: no such folder; name a model folder, 'tiny', or a hub id such as "
                               "epfl-llm/meditron-7b")
-    if not HUB_ID.fullmatch(text):
-        raise HubError(f"{text!r} is no folder and no hub id; a hub id looks like epfl-llm/meditron-7b")
-    return _download(text, revision, progress, weights)
+    repo, pinned = split_revision(text)
+    if not HUB_ID.fullmatch(repo):
+        raise HubError(f"{text!r} is no folder and no hub id; a hub id looks like epfl-llm/meditron-7b, or with a revision "
+                       "like epfl-llm/meditron-7b@main")
+    if pinned and revision and pinned != revision:
+        raise HubError(f"{text!r} names one revision, and {revision!r} is asked for beside it; give one of them")
+    return _download(repo, revision or pinned, progress, weights)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A hub id and the revision behind its @; any other name, and None."""
+    repo, at, revision = name.partition("@")
+    if at and HUB_ID.fullmatch(repo) and REVISION.fullmatch(revision) and not Path(name).expanduser().exists():
+        return repo, revision
+    return name, None
 
 
 def _checked(folder: Path) -> Path:

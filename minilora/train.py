@@ -29,7 +29,7 @@ from minilora.data.batches import collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
 from minilora.errors import ConfigError, DataError, MiniloraError
-from minilora.hub import resolve_model
+from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
 from minilora.llama.config import LlamaConfig
@@ -217,7 +217,8 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoint.save_checkpoint(model, out, progress=not config.quiet)
         save_extra(model, out, extra)
     else:
-        save_adapter(model, out, base_model=str(out / FOLDER) if start else config.model,
+        base, revision = (str(out / FOLDER), None) if start else split_revision(config.model)
+        save_adapter(model, out, base_model=base, revision=revision,
                      extra={**extra, "init_lora_weights": config.init_lora_weights})
     result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - began,
                          peak_bytes(device))

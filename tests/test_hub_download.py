@@ -1,6 +1,7 @@
 """The real huggingface-hub against a server on loopback: fetched, broken off and gone on with, refused, wrong, pinned."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -128,6 +129,9 @@ def test_a_revision_is_pinned_or_said_to_be_missing(hub: Repository) -> None:
     assert resolve_model(ID, revision="v1", progress=False).name == "b" * 40
     assert resolve_model(ID, revision="a" * 40, progress=False).name == "a" * 40
     assert "no revision 'v2'" in refused("v2")
+    assert resolve_model(f"{ID}@v1", progress=False).name == "b" * 40
+    with pytest.raises(HubError, match="give one of them"):
+        resolve_model(f"{ID}@v1", revision="main")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
@@ -161,11 +165,13 @@ def test_the_command_does_everything(tmp_path: Path, hub: Repository) -> None:
     hub.token = TOKEN
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "minilora", "train", "--model", ID, "--data", str(notes), "--out", str(tmp_path / "run"),
-               "--max-steps", "1", "--max-length", "64", "--batch-size", "2", "--cache"]
+    command = [sys.executable, "-m", "minilora", "train", "--model", f"{ID}@main", "--data", str(notes),
+               "--out", str(tmp_path / "run"), "--max-steps", "1", "--max-length", "64", "--batch-size", "2", "--cache"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (ID, "main")        # as PEFT reads them
     said = done.stdout + done.stderr
     assert "load" in said and TOKEN not in said
     kept = list((tmp_path / "home" / "hub").glob("models--*/minilora/*/model.safetensors"))
