@@ -158,23 +158,25 @@ def _check_hashes(repo: str, folder: Path, names: Sequence[str], progress: bool)
     Why: huggingface-hub compares sizes alone (2.4).  Its cache names a file's content by that hash: SHA-256 of a large file,
     git's SHA-1 of a small one.
     """
-    paths = [(folder / name).resolve() for name in names]
-    total = sum(path.stat().st_size for path in paths)
+    total = sum((folder / name).stat().st_size for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, desc="check", disable=not progress) as bar:
-        for name, path in zip(names, paths, strict=True):
+        for name in names:
+            link = folder / name
+            # Trap: one link alone is followed. What it leads to may be a link as well, to a file named by another hash (Xet's).
+            path = link.parent / os.readlink(link) if link.is_symlink() else link
             if re.fullmatch(r"[0-9a-f]{64}", path.name):
                 found = hashlib.sha256()
             elif re.fullmatch(r"[0-9a-f]{40}", path.name):
                 found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
             else:
-                continue            # a disk without links: the name says nothing
+                continue            # a disk without links: a name that says nothing
             with path.open("rb") as file:
                 while block := file.read(1 << 22):
                     found.update(block)
                     bar.update(len(block))
             if found.hexdigest() != path.name:
-                path.unlink()
-                (folder / name).unlink(missing_ok=True)
+                link.unlink()
+                path.unlink(missing_ok=True)
                 raise HubError(f"{repo}: {name} is not what the hub lists (its hash differs), and was removed; run the command "
                                "again to fetch it once more")
 

@@ -79,7 +79,7 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
         read_adapter_config(adapter)        # a bad one is refused before gigabytes are read
     own = own_base(adapter) if adapter is not None else None
     folder = own or resolve_model(path_or_hub_id, revision=revision, progress=progress)
-    if cache and quantize == "nf4" and own is None and path_or_hub_id != "tiny":
+    if cache and quantize == "nf4" and own is None and folder != resolve_model("tiny"):
         model = load_through_cache(folder, double_quant, blocksize, dtype, device, pad_vocab, progress)
     else:
         model = load_checkpoint(folder, quantize=quantize, double_quant=double_quant, blocksize=blocksize, dtype=dtype,

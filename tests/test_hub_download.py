@@ -1,6 +1,7 @@
 """The real huggingface-hub against a server on loopback: fetched, broken off and gone on with, refused, wrong, pinned."""
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 from minilora.errors import HubError
-from minilora.hub import resolve_model
+from minilora.hub import _check_hashes, resolve_model
 from tests.hub_server import Repository, files_of, serving
 from tests.models import write_model
 
@@ -141,6 +142,23 @@ def test_a_file_whose_hash_is_wrong_is_refused_removed_and_fetched_again(hub: Re
     assert name in text and "hash" in text and "again" in text
     assert (resolve_model(ID, progress=False) / name).read_bytes() == hub.files[name]
     assert hub.gets(name) == [0, 0]
+
+
+def test_a_blob_that_lies_in_a_store_shared_by_repositories_is_checked_by_its_own_name(tmp_path: Path) -> None:
+    content = b"weights"
+    stored = tmp_path / "shared" / ("e" * 64)                                   # there, files are named by another hash
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    link = tmp_path / "snapshots" / WEIGHTS
+    for path in (stored, blob, link):
+        path.parent.mkdir()
+    stored.write_bytes(content)
+    blob.symlink_to(stored)
+    link.symlink_to(Path("..") / "blobs" / blob.name)
+    _check_hashes(ID, link.parent, [WEIGHTS], progress=False)
+    stored.write_bytes(b"Weights")
+    with pytest.raises(HubError, match="hash differs"):
+        _check_hashes(ID, link.parent, [WEIGHTS], progress=False)
+    assert not link.is_symlink() and not blob.is_symlink()
 
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(hub: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minilora import load_model
+from minilora.hub import resolve_model
 from minilora.llama import checkpoint
 from minilora.llama.model import LlamaForCausalLM
 from minilora.quantized_cache import cache_folder
@@ -85,6 +86,12 @@ def test_a_copy_that_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="not kept"):
         model = load_model(folder, cache=True)
     assert bits(model) == bits(load_model(folder))
+
+
+def test_the_model_that_ships_gets_no_copy_in_the_package() -> None:
+    load_model("tiny", cache=True)
+    load_model(resolve_model("tiny"), cache=True)
+    assert [path.name for path in resolve_model("tiny").parent.iterdir() if ".nf4-" in path.name] == []
 
 
 def test_dense_loading_keeps_no_copy(tmp_path: Path) -> None:
