@@ -521,6 +521,8 @@ def test_evaluate_writes_scores_and_predictions(world: Path, tmp_path: Path, cal
     assert list(rows[0]) == ["input", "label", "prediction", "probability"]
     assert [(row["input"], row["label"]) for row in rows] == notes(8)
     assert mode(tmp_path / "scores" / "predictions.csv") == 0o600
+    card = (world / "run" / "README.md").read_text()
+    assert f"| 8 | chosen among labels | {scores['exact_match']:.3f} [" in card and SECRET not in card
 
 
 @torch.no_grad()
