@@ -32,7 +32,7 @@ LONGEST_RUN = 64
 TILE = 4096                         # weights that a program holds at a time: 32 a thread, whose codes are one read of 16 bytes
 # Up to so many rows of x the product rebuilds W in registers; above, each further 128 rows would rebuild it once more, and
 # unpacking it once for torch's product is cheaper.  An estimate from bytes and instructions, for a GPU to correct
-# (`bench_gpu.crossing`); float32 has no tensor cores at full precision, so its line comes sooner.
+# (`bench.gpu.crossing`); float32 has no tensor cores at full precision, so its line comes sooner.
 FUSED_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
 # Before Ampere Triton multiplies 16-bit matrices without tensor cores and with registers spilt; torch does better.
 TENSOR_CORES = (8, 0)

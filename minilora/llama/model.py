@@ -25,7 +25,10 @@ from minilora.llama.rotary import inverse_frequencies, rotation
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · weight, computed in float32 and rounded before the weight is applied, as Hugging Face does."""
+    """x / √(mean(x²) + ε) · weight, computed in float32.
+
+    Rounded before the weight is applied, as Hugging Face does; on a CPU wide rows are rounded once, behind it (`frugal`).
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
