@@ -155,7 +155,7 @@ def _train(args: argparse.Namespace) -> None:
 def _predictor(args: argparse.Namespace) -> Any:
     from minilora.predict import Predictor
     return Predictor.load(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device,
-                          args.dtype, args.max_length, args.pad_vocab, args.cache)
+                          args.dtype, args.max_length, args.pad_vocab, args.cache, args.quiet)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

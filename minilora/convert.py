@@ -39,7 +39,7 @@ def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_qua
         raise ConfigError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
     if blocksize < 1:
         raise ConfigError(f"blocksize must be at least 1, not {blocksize}")
-    folder = resolve_model(model)
+    folder = resolve_model(model, progress=not quiet)
     tokenizer = read_tokenizer(folder)
     loaded = load_model(folder, double_quant=double_quant, dtype=DTYPES[dtype], blocksize=blocksize, pad_vocab=pad_vocab,
                         progress=not quiet)
@@ -69,7 +69,7 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
         raise ConfigError(f"into must be 16bit, 4bit or original, not {into!r}")
     on = pick_device(device)
     read_adapter_config(adapter)
-    folder = own_base(adapter) or resolve_model(model)
+    folder = own_base(adapter) or resolve_model(model, progress=not quiet)
     trained_on = base_quantization(adapter)
     raw = LlamaConfig.from_json(folder / "config.json").to_dict()
     if into == "4bit" and trained_on is None:

@@ -72,7 +72,7 @@ class Predictor:
     def load(cls, model: str, adapter: str | Path | None = None, labels: str | Path | None = None, free: bool = False,
              template: str | None = None, quantize: Literal["auto", "nf4", "none"] = "auto", device: str = "auto",
              dtype: str = "auto", max_length: int | None = None, pad_vocab: bool = False,
-             cache: bool = False) -> Predictor:
+             cache: bool = False, quiet: bool = False) -> Predictor:
         """Load what a run folder and the flags describe; everything small is read before the weights.
 
         Args:
@@ -80,7 +80,7 @@ class Predictor:
             adapter: run folder, or any PEFT adapter; None for the model alone.
             labels: file of labels; default the run folder's labels.txt. free: ignore labels and write freely.
             template, max_length: default those of the run. quantize: "auto" stores the base as in training.
-            pad_vocab, cache: as in `load_model`.
+            pad_vocab, cache: as in `load_model`. quiet: show no bars of a download.
 
         Raises: MiniloraError: anything that cannot be loaded, or no labels where they are needed.
         """
@@ -88,7 +88,7 @@ class Predictor:
         compute = pick_dtype(dtype, on)
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length must be at least 1, not {max_length}")
-        folder = resolve_model(model)
+        folder = resolve_model(model, progress=not quiet)
         if adapter is not None:
             read_adapter_config(adapter)
         run = Path(adapter) if adapter is not None else folder
