@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.build import NATIVE, BuildError, load
+from minilora.kernels.build import NATIVE, at_first_call, load
 
 SOURCE = Path(__file__).with_name("block_cpu.cpp")
 HEAD_DIMS = (64, 128)               # those that the attention is compiled for: whole tiles of 64
@@ -227,29 +224,14 @@ class Kernel:
                           _view(v, shared), _view(o, tuple(q.shape)), log_sum=log_sum.data_ptr())
 
 
-_lock = threading.Lock()
 _tried: list[Kernel | None] = []
 
 
 def kernel() -> Kernel | None:
-    """The library for this machine, made at the first call, or None.
-
-    Where none can be compiled a warning says why, once; with ``MINILORA_KERNELS=reference``, or without AVX-512, none is
-    wanted, and nothing is said.
-    """
-    if not _tried:
-        with _lock:
-            if not _tried:
-                _tried.append(_make())
-    return _tried[0]
+    """The library for this machine, made at the first call, or None (`build.at_first_call`; without AVX-512 it says nothing)."""
+    return at_first_call(_tried, _working, "attention, norms and SwiGLU take torch's operations")
 
 
-def _make() -> Kernel | None:
-    if os.environ.get("MINILORA_KERNELS") == "reference":
-        return None
-    try:
-        made = Kernel()
-    except BuildError as error:
-        warnings.warn(f"attention, norms and SwiGLU take torch's operations: {error}", RuntimeWarning, stacklevel=4)
-        return None
+def _working() -> Kernel | None:
+    made = Kernel()
     return made if made.works else None

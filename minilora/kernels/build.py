@@ -20,7 +20,11 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +32,8 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-psabi")       
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 NATIVE = ("-march=native",)         # the vector instructions of the machine that compiles, which is the one that runs
 DIGEST = 32                         # bytes of SHA-256
+T = TypeVar("T")
+_first = threading.Lock()
 
 
 class BuildError(Exception):
@@ -142,3 +148,21 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
         raise BuildError(f"the C++ compiler fails: {reason.strip():.200}")
+
+
+def at_first_call(tried: list[T | None], make: Callable[[], T | None], otherwise: str) -> T | None:
+    """What `make` gives, made by the first caller and kept in `tried` for all others; None where it can't be made.
+
+    Then a warning says so once, with what happens `otherwise`; with ``MINILORA_KERNELS=reference`` nothing is made, or said.
+    """
+    if not tried:
+        with _first:
+            if not tried:
+                made = None
+                if os.environ.get("MINILORA_KERNELS") != "reference":
+                    try:
+                        made = make()
+                    except BuildError as error:
+                        warnings.warn(f"{otherwise}: {error}", RuntimeWarning, stacklevel=4)
+                tried.append(made)
+    return tried[0]

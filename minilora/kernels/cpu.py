@@ -8,16 +8,13 @@ Tables and buffers are handed in: this room knows no codebook.  Threads are torc
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.build import NATIVE, BuildError, load
+from minilora.kernels.build import NATIVE, at_first_call, load
 
 SOURCE = Path(__file__).with_name("nf4_cpu.cpp")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -150,27 +147,9 @@ class Kernel:
                        min(constants.blocksize, max(blocks, 1)), constants.offset)
 
 
-_lock = threading.Lock()
 _tried: list[Kernel | None] = []
 
 
 def kernel() -> Kernel | None:
-    """The library for this machine, made at the first call, or None.
-
-    Where none can be made a warning says why, once; with ``MINILORA_KERNELS=reference`` none is wanted, and nothing is said.
-    """
-    if not _tried:
-        with _lock:
-            if not _tried:
-                _tried.append(_make())
-    return _tried[0]
-
-
-def _make() -> Kernel | None:
-    if os.environ.get("MINILORA_KERNELS") == "reference":
-        return None
-    try:
-        return Kernel()
-    except BuildError as error:
-        warnings.warn(f"4-bit weights take the slow path in plain torch: {error}", RuntimeWarning, stacklevel=4)
-        return None
+    """The library for this machine, made at the first call, or None (`build.at_first_call`)."""
+    return at_first_call(_tried, Kernel, "4-bit weights take the slow path in plain torch")
