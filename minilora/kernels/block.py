@@ -228,7 +228,7 @@ _tried: list[Kernel | None] = []
 
 
 def kernel() -> Kernel | None:
-    """The library for this machine, made at the first call, or None (`build.at_first_call`; without AVX-512 it says nothing)."""
+    """The library for this machine, made at the first call, or None (`build.at_first_call`); silent without AVX-512."""
     return at_first_call(_tried, _working, "attention, norms and SwiGLU take torch's operations")
 
 
