@@ -15,7 +15,7 @@ from minilora.data.prompts import IGNORED, Example
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.recompute import recompute
 
-CHUNK_BYTES = 64 * 2 ** 20
+CHUNK_BYTES = 64 * 2 ** 20      # of logits in float32 at a time: enough rows for a product at full speed, of any vocabulary
 PADDING = 0     # Trap: a tokenizer's own padding id may lie past the embedding table; padding is masked, so any id will do
 
 

@@ -154,7 +154,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype; A and B are rounded to it for the products."""
-        add_to = self._add_to()
+        add_to = self._add_to(x.device.type)
         if add_to is not None:
             through, update = LowRankUpdate.apply(x, self.lora_A.weight, self.lora_B.weight, self.scaling)
             return add_to(update, x if through is None else through)
@@ -174,11 +174,11 @@ class LoRALinear(nn.Module):
         rescale = (self.lora_magnitude_vector / norms.clamp(min=SMALLEST_NORM)).to(x.dtype)                         # (out,)
         return y + (rescale - 1) * base + rescale * update
 
-    def _add_to(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def _add_to(self, device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The base's ``add_to``, if it has one and nothing comes between base and update."""
         between = not self.active or self.lora_magnitude_vector is not None or (self.training and self.dropout)
         # Under autocast the types are torch's to choose.
-        if between or torch.is_autocast_enabled("cpu") or not getattr(self.base_layer, "adds_in_place", False):
+        if between or torch.is_autocast_enabled(device) or not getattr(self.base_layer, "adds_in_place", False):
             return None
         add_to: Callable[[Tensor, Tensor], Tensor] = self.base_layer.add_to     # type: ignore[assignment]
         return add_to

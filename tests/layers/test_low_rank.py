@@ -117,3 +117,11 @@ def test_without_gradients_and_with_adapters_off_it_is_the_same_layer() -> None:
         torch.testing.assert_close(layer(x), by_hand(layer, x), rtol=1e-4, atol=1e-4)
         layer.active = False
         assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_under_autocast_the_types_are_torchs() -> None:
+    layer = layer_pair(bias=False)
+    x = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and layer(x).dtype == torch.float32
