@@ -3,8 +3,8 @@
 #
 # ## The question
 #
-# Fine-tuning changes every weight of a model a little: W becomes W + ΔW. There are as many numbers in ΔW as in W,
-# and an optimizer keeps two more for each of them. Do we need them all?
+# Fine-tuning changes every weight of a model a little: W becomes W + ΔW. There are as many numbers in ΔW as in W, and an
+# optimizer keeps two more for each of them. Do we need them all?
 #
 # In this lesson we fine-tune a small model *completely*, look at what ΔW looks like, and throw most of it away.
 
@@ -66,8 +66,8 @@ assert loss_after < loss_before / 3
 # %% [markdown]
 # ## A prediction
 #
-# Every ΔW here has rank up to 256. Now replace each by its best approximation of **rank 1**: one column times one row. For a
-# 256 × 256 matrix that is 512 numbers instead of 65,536.
+# Every ΔW here has rank up to 256. Now replace each by its best approximation of **rank 1**: one column times one row. For
+# a 256 × 256 matrix that is 512 numbers instead of 65,536.
 #
 # **Predict.** What share of the improvement in loss is left? Write a percentage down, and another one for rank 8.
 
@@ -86,9 +86,9 @@ for r in (1, 2, 4, 8, 16, 64):
 assert kept[1] > 0.8 and kept[8] > 0.95
 
 # %% [markdown]
-# Most people guess far too low: a matrix with one 256th of its directions left sounds like a matrix with most of its
-# effect gone. But what training adds is not an arbitrary matrix. Each example pushes W by an outer product (gradient × input),
-# all of the examples push for the same task, and so a few directions collect nearly all of the effect.
+# Most people guess far too low: a matrix with one 256th of its directions left sounds like a matrix with most of its effect
+# gone. But what training adds is not an arbitrary matrix. Each example pushes W by an outer product (gradient × input), all
+# of the examples push for the same task, and so a few directions collect nearly all of the effect.
 #
 # That is the whole bet of LoRA (arXiv 2106.09685, section 4.1): if the answer is low-rank anyway, *train* it in that form,
 #
@@ -97,8 +97,8 @@ assert kept[1] > 0.8 and kept[8] > 0.95
 # and never store a gradient or an optimizer state for W.
 
 # %% [markdown]
-# **Predict.** A layer with 20,000 inputs and 10,000 outputs holds 200,000,000 numbers. How many does LoRA train beside it at
-# r = 8?
+# **Predict.** A layer with 20,000 inputs and 10,000 outputs holds 200,000,000 numbers. How many does LoRA train beside it
+# at r = 8?
 
 # %%
 inputs, outputs, r = 20_000, 10_000, 8
@@ -132,8 +132,8 @@ with picture("02_low_rank", columns=2) as (left_axes, right_axes):
 #
 # ## Where it lives
 #
-# `low_rank` is in `minilora/layers/starts.py` (it also gives PiSSA and LoftQ their first A and B); the layer that trains
-# A and B is in `minilora/layers/lora.py`, and is the next lesson.
+# `low_rank` is in `minilora/layers/starts.py` (it also gives PiSSA and LoftQ their first A and B); the layer that trains A
+# and B is in `minilora/layers/lora.py`, and is the next lesson.
 #
 # ## The trap
 #

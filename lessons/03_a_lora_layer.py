@@ -4,8 +4,8 @@
 # ## The question
 #
 # The update is B A, with B: (out, r) and A: (r, in). That leaves four decisions. How do A and B start? How strong is the
-# update? What are their gradients? And how do you get rid of the layer afterwards? The answer to each is one line, and people
-# get each of these lines wrong.
+# update? What are their gradients? And how do you get rid of the layer afterwards? The answer to each is one line, and
+# people get each of these lines wrong.
 
 # %%
 import torch
@@ -37,8 +37,8 @@ print(f"step 1: gradient of A {size_a:.4f}, of B {size_b:.4f}")
 assert size_a == 0 and size_b > 0
 
 # %% [markdown]
-# Only B. The usual wrong guess is "none: B is zero, so nothing can pass through it". Write the gradients down, with
-# y = x Wᵀ + s (x Aᵀ) Bᵀ and g = ∂L/∂y:
+# Only B. The usual wrong guess is "none: B is zero, so nothing can pass through it". Write the gradients down, with y = x
+# Wᵀ + s (x Aᵀ) Bᵀ and g = ∂L/∂y:
 #
 #     ∂L/∂B = s · gᵀ (x Aᵀ)          A is in it, B is not
 #     ∂L/∂A = s · (g B)ᵀ x           B is in it
@@ -69,11 +69,11 @@ assert usual[-1] < 0.97 * usual[0] and dead[-1] == dead[0]
 # %% [markdown]
 # ## How strong it is
 #
-# The update is multiplied by `scaling` = alpha / r. Alpha is not a learning rate: it is a factor in the forward, and with Adam,
-# whose steps have a fixed size, it decides how far one step moves ΔW.
+# The update is multiplied by `scaling` = alpha / r. Alpha is not a learning rate: it is a factor in the forward, and with
+# Adam, whose steps have a fixed size, it decides how far one step moves ΔW.
 #
-# **Predict.** Someone leaves the 1/r out, and uses alpha alone. They train with r = 4, then change r to 64. By what factor does
-# the strength of one step change, compared with the correct layer?
+# **Predict.** Someone leaves the 1/r out, and uses alpha alone. They train with r = 4, then change r to 64. By what factor
+# does the strength of one step change, compared with the correct layer?
 
 # %%
 def first_step(r, scaling):
@@ -92,12 +92,12 @@ print(f"the mistake makes the step {factor:.1f} times longer")
 assert 15.9 < factor < 16.1                          # 64 / 4
 
 # %% [markdown]
-# Sixteen: exactly the ratio of the ranks, and nothing crashes. A hand-copied class in a well-known book had this bug for a year
-# (LLMs-from-scratch #821, #1080): every result was plausible, and no rate carried over from one r to the next.
+# Sixteen: exactly the ratio of the ranks, and nothing crashes. A hand-copied class in a well-known book had this bug for a
+# year (LLMs-from-scratch #821, #1080): every result was plausible, and no rate carried over from one r to the next.
 #
-# Look at the first line as well: even the correct step is not the same at both ranks. r matrices of rank one add up nearly at
-# random, so their sum grows about as √r, while alpha / r shrinks as 1/r. That is the argument of rsLoRA (arXiv 2312.03732) for
-# alpha / √r.
+# Look at the first line as well: even the correct step is not the same at both ranks. r matrices of rank one add up nearly
+# at random, so their sum grows about as √r, while alpha / r shrinks as 1/r. That is the argument of rsLoRA (arXiv
+# 2312.03732) for alpha / √r.
 #
 # ## How it ends
 #
@@ -136,7 +136,8 @@ with picture("03_lora_layer", columns=2) as (left_axes, right_axes):
 #
 # ## Where it lives
 #
-# `minilora/layers/lora.py`, with rsLoRA and DoRA. `tests/peers/test_peft.py` holds outputs, gradients and files against PEFT's.
+# `minilora/layers/lora.py`, with rsLoRA and DoRA. `tests/peers/test_peft.py` holds outputs, gradients and files against
+# PEFT's.
 
 # %%
 print(LoRALinear(linear, r=4, alpha=8))

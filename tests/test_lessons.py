@@ -38,8 +38,8 @@ def numbers(text: str) -> set[str]:
 
 def unexplained(lesson: Lesson, printed: str) -> set[str]:
     """Numbers of the prose that the code neither holds nor prints; identifiers of papers and threads aside."""
-    text = re.sub(r"arXiv \d+\.\d+(, \d+\.\d+)*|[\w-]+ ?#\d+|#\d+|`[^`]*`|figures/\S+", " ", prose(lesson))
-    text = re.sub(r"\n    .*", " ", text)           # formulas and commands
+    text = " ".join(re.sub(r"\n    .*", " ", prose(lesson)).split())      # without formulas and commands
+    text = re.sub(r"arXiv \d+\.\d+(, \d+\.\d+)*|[\w-]+ ?#\d+|#\d+|`[^`]*`|figures/\S+", " ", text)
     return numbers(text) - numbers(code(lesson)) - numbers(printed)
 
 

@@ -186,7 +186,7 @@ def _tensor_difference(given: Any, right: Tensor, tolerance: float) -> str | Non
 
 
 def shown(inputs: tuple[Any, ...]) -> str:
-    """An input in a few words: small things as they are, tensors of more than eight numbers by their shape."""
+    """An input in a few words: small things as they are, tensors of more than eight numbers by their shape, others by type."""
     return "(" + ", ".join(_short(each) for each in inputs) + ")"
 
 
@@ -198,7 +198,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 else f"<{type(value).__name__}>"
 
 
 def _copy(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
