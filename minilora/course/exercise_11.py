@@ -77,7 +77,7 @@ ZERO = torch.zeros(2)
 TASKS = (
     Task("adamw_step", _package, random=_draw, tolerance=1e-4,
          fixed=((torch.tensor([1.0, -2.0]), torch.tensor([1e-3, 5.0]), ZERO, ZERO, 1, 0.1, 0.0),), mistakes=(
-        Mistake("the moments start at zero, so in the first steps they are too small: divide m by 1 - beta1^t, v by 1 - beta2^t",
+        Mistake("the moments start at zero, so the first ones are too small: divide m by 1 - beta1^t, v by 1 - beta2^t",
                 _with(_uncorrected)),
         Mistake("divide by the square root of v, not by v", _with(_no_root)),
         Mistake("you went uphill: the step is subtracted", _with(_plus)),
