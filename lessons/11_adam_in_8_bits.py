@@ -14,6 +14,7 @@ import torch
 from minilora import PagedAdamW
 from minilora.course.pictures import BLUE, GREY, RED, picture
 from minilora.optim.adamw import AdamW, adamw_update
+from minilora.optim.paged_adamw import SMALLEST_8BIT
 from minilora.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from minilora.quant.codebooks import DYNAMIC_8BIT_UNSIGNED
 
@@ -23,7 +24,7 @@ from minilora.quant.codebooks import DYNAMIC_8BIT_UNSIGNED
 #     m ← 0.9 m + 0.1 g              v ← 0.999 v + 0.001 g²
 #     θ ← θ − lr · m̂ / (√v̂ + ε)      m̂ = m / (1 − 0.9ᵗ),  v̂ = v / (1 − 0.999ᵗ)
 #
-# **Predict.** Two parameters start at 0. The gradient of the first is 0.000001, that of the second 100. At lr = 0.1, how
+# **Predict.** Two parameters start at 0. The gradient of the first is a millionth, that of the second 100. At lr = 0.1, how
 # far does the first step move each?
 
 # %%
@@ -137,7 +138,7 @@ stored = sum(tensor.numel() * tensor.element_size() for name, tensor in state.it
 print(f"after 100 steps: loss {float(loss_of(exact).detach()):.5f} in 32 bits, {float(loss_of(rounded).detach()):.5f} in 8; "
       f"weights differ by {off:.1%}")
 print(f"{stored / rounded.numel():.3f} bytes a parameter instead of 8")
-assert off < 0.2 and round(stored / rounded.numel(), 3) == 2.031
+assert SMALLEST_8BIT == 4096 and off < 0.2 and round(stored / rounded.numel(), 3) == 2.031
 
 # %% [markdown]
 # ## Where it lives
