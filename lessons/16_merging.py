@@ -44,8 +44,8 @@ assert three_merges(0.01)["4bit"].update_cosine < 0.1 < 0.7 < three_merges(0.1)[
 assert three_merges(1.0)["4bit"].update_cosine > 0.98 and three_merges(0.01)["16bit"].update_cosine > 0.95
 
 # %% [markdown]
-# At 1 % almost nothing. A weight that should move by a hundredth of a spread rounds back to where it was. And ŵ lies
-# exactly *on* a level, as far from the next one as it can be:
+# At 1 % almost nothing: 0.03. At 10 % it is 0.74, at 100 % 0.99. Small updates suffer most. A weight that should move by a
+# hundredth of a spread rounds back to where it was. And ŵ lies exactly *on* a level, as far from the next one as it can be:
 
 # %%
 small = base.dequantize() + 0.01 * direction
@@ -69,9 +69,9 @@ print(f"error / update: {error.error_to_update:.2f}   (16bit: {three_merges(0.1)
 assert 0.85 < error.error_to_update < 1.0 and three_merges(0.1)["16bit"].error_to_update < 0.05
 
 # %% [markdown]
-# As large as the update. The adapter was trained over Ŵ and learnt, among other things, to make up for Ŵ − W. Over W it
-# corrects an error that is not there. The merged model may still be good, even better than before on some inputs; but it is
-# not the model whose scores you reported, and nobody has evaluated it.
+# 0.92: as large as the update. The adapter was trained over Ŵ and learnt, among other things, to make up for Ŵ − W. Over W
+# it corrects an error that is not there. The merged model may still be good, even better than before on some inputs; but it
+# is not the model whose scores you reported, and nobody has evaluated it.
 #
 # So: *dequantize, add, save in 16 bits*. Whatever you do, measure it. The package does so on every merge:
 

@@ -12,6 +12,7 @@ import pytest
 import minilora
 from minilora.cli import main
 from minilora.course.lesson import Lesson, lesson_paths, lessons_folder, read_lesson, run_lesson, wrapped
+from minilora.course.progress import EXERCISES, tasks_of
 from minilora.errors import ConfigError
 
 FOLDER = lessons_folder()
@@ -161,3 +162,34 @@ def test_an_installed_package_says_where_the_lessons_are(monkeypatch: pytest.Mon
     (tmp_path / "mine.py").write_text("def trained_numbers(i, o, r):\n    return r * (i + o)\n")
     assert main(["check", "2", "--file", "mine.py"]) == 2, "a file can be graded without a checkout"
     assert "right  trained_numbers" in capsys.readouterr().out
+
+
+# -- the map ----------------------------------------------------------------------------------------------------------
+ROW = re.compile(r"^\| \[(\d\d) (.+?)\]\((\S+?)\) \| (.*?) \| (.*?) \| (.*?) \|$", re.MULTILINE)
+
+
+def test_the_map_has_a_row_for_each_lesson_with_its_title_files_sources_and_tasks() -> None:
+    rows = ROW.findall((FOLDER / "README.md").read_text(encoding="utf-8"))
+    assert [row[2] for row in rows] == [path.name for path in lesson_paths().values()]
+    for number, title, name, files, sources, tasks in rows:
+        lesson = read_lesson(FOLDER / name)
+        assert (int(number), title) == (lesson.number, lesson.title)
+        text = prose(lesson)
+        for file in re.findall(r"`(\S+?)`", files):
+            assert file in text and (FOLDER.parent / file).is_file(), f"lesson {number} does not speak of {file}"
+        for paper in re.findall(r"arXiv (\S+?)(?:,|$)", sources):
+            module_texts = [(FOLDER.parent / file).read_text(encoding="utf-8") for file in re.findall(r"`(\S+?)`", files)]
+            assert paper in text or any(paper in module for module in module_texts), f"lesson {number}: {paper}"
+        assert re.findall(r"`(\w+)`", tasks) == [task.name for task in tasks_of(int(number))]
+
+
+def test_every_lesson_has_an_exercise_and_every_exercise_a_lesson() -> None:
+    assert tuple(lesson_paths()) == EXERCISES
+
+
+def test_the_way_in_is_in_the_readme_and_works_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    learn = readme.partition("## Learn")[2].partition("\n## ")[0]
+    commands = re.findall(r"^minilora (\w+) (\S+)", learn, re.MULTILINE)
+    assert ("lesson", "2") in commands and ("check", "2") in commands and "lessons/exercises/02.py" in learn
+    assert main(["check", "2"]) == 2 and "not written yet" in capsys.readouterr().out
