@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minilora.config import TrainConfig, read_toml
-from minilora.errors import ConfigError, MiniloraError
+from minilora.errors import ConfigError, MiniloraError, StoppedError, memory_reason
 from minilora.flags import Formatter, Parser, answer_flags, memory_flags, model_flags, out_flags, train_flags
+from minilora.stopping import terminated_cleanly
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -287,8 +288,8 @@ def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 130 for Ctrl-C."""
-    with warnings.catch_warnings():
+    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it."""
+    with warnings.catch_warnings(), terminated_cleanly():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _one_line_warning
         try:
@@ -299,6 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         except MiniloraError as error:
             print("minilora: " + " ".join(str(error).splitlines()), file=sys.stderr)
+            return 128 + error.signal if isinstance(error, StoppedError) else 2
+        except (MemoryError, RuntimeError) as error:
+            reason = memory_reason(error)
+            if reason is None:
+                raise
+            print(f"minilora: out of memory ({reason}); `minilora memory` says what a run takes", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("minilora: stopped", file=sys.stderr)

@@ -31,5 +31,26 @@ class OutputError(MiniloraError):
     """An output exists already, is in use by another run, or cannot be written."""
 
 
+class StoppedError(MiniloraError):
+    """A run was asked to stop by a signal, and did: its checkpoint is written.
+
+    Args: message: the line. signal: number of the signal; the command line ends with 128 + signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class QuantizationError(MiniloraError, ValueError):
     """A tensor cannot be quantized: not finite, not floating point, or an impossible block size."""
+
+
+def memory_reason(error: BaseException) -> str | None:
+    """What was said when no memory was left, in one line; None for any other error.
+
+    Trap: on a CPU torch says it in a plain RuntimeError, on a GPU in an error of its own.
+    """
+    said = (str(error).splitlines() or [""])[0]
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    return (said or "no memory left")[:100] if known else None
