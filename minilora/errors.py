@@ -2,13 +2,24 @@
 
 Every exception that a bad input can cause is one of these.  Its text is a single line: what is wrong, where (file, row,
 key) and what to do.  The command line prints that line and ends with exit code 2; nothing else of minilora catches them.
-Note text is patient data: no message quotes it.
+Note text is patient data: no message quotes it.  What a message quotes of a file may hold line breaks and the codes that move a
+terminal's cursor; they come out as they are written in Python.
 """
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class MiniloraError(Exception):
-    """Base of the package's errors; ``str(error)`` is one line for the user."""
+    """Base of the package's errors; ``str(error)`` is one line for the user.
+
+    Guarantee: no control character is in it, whatever it quotes (tests/llama/test_strange_files.py).
+    """
+
+    def __str__(self) -> str:
+        return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 class DataError(MiniloraError):

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Pat
         raise OutputError(f"cannot write {final}: {disk_reason(error)}; check the folder, its free space and "
                           "permissions") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):         # a disk that refuses everything: the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, mode: int = 0o644) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -66,8 +67,9 @@ class FolderLock:
 
     def release(self) -> None:
         """Remove the file, while it is still locked, and let go."""
-        if self._is_there():
-            self._path.unlink(missing_ok=True)
+        with suppress(OSError):         # on a disk that refuses it stays, and means nothing
+            if self._is_there():
+                self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
     def __enter__(self) -> FolderLock:

@@ -1,7 +1,8 @@
-"""Runs that are killed: a process that has imported everything forks one child a run, so that a kill costs no start.
+"""Runs that are killed, or whose disk fails: a process that has imported everything forks a child for each, at no cost.
 
 The child trains by the configuration it is given, and is killed by SIGKILL either after some seconds, or just before its n-th
-call that changes a file (Python's audit events: opened for writing, renamed, removed, made, truncated).
+call that changes a file (Python's audit events: opened for writing, renamed, removed, made, truncated).  Or that call, and if
+asked for every one after it, is refused with an error of the system.
 """
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ def count(order):
         written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if (written or event in CHANGING) and isinstance(arguments[0], (str, os.PathLike)) and \
                 os.fspath(arguments[0]).startswith(order["config"]["out"]):
-            if done[0] == order["at"]:
-                os.kill(os.getpid(), signal.SIGKILL)
             done[0] += 1
+            if done[0] - 1 == order["at"] or (order["lasting"] and done[0] > order["at"]):
+                if order["errno"]:
+                    raise OSError(order["errno"], os.strerror(order["errno"]))
+                os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
     return done
 
@@ -75,13 +78,17 @@ class Runs:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(self, config: dict[str, Any], at: int = -1, after: float | None = None) -> dict[str, Any]:
+    def run(self, config: dict[str, Any], at: int = -1, after: float | None = None, errno: int = 0, lasting: bool = False
+            ) -> dict[str, Any]:
         """Train; killed before change number `at` (from 0), or `after` some seconds, or not at all.
+
+        Args: errno: refuse that change with this error instead. lasting: and all that come after it.
 
         Returns: "killed"; of a run that ended, how many "changes" it made to files, and its "error", or "".
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps({"config": config, "at": at, "after": after}), file=self.process.stdin, flush=True)
+        order = {"config": config, "at": at, "after": after, "errno": errno, "lasting": lasting}
+        print(json.dumps(order), file=self.process.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
 

@@ -217,7 +217,7 @@ def test_a_bad_table_ends_with_one_line_and_leaves_an_earlier_run_alone(
 
 def test_an_unknown_label_in_the_validation_table_names_its_row(world: Path, tmp_path: Path, refused: Refused) -> None:
     data = write_csv(tmp_path / "val.csv", [*notes(2), (SECRET, "CT Heart")])
-    refused(*train_words(world, tmp_path / "run", val=data), says=("val.csv row 3", "'CT Heart'", "train.csv"))
+    refused(*train_words(world, tmp_path / "run", val=data), says=("val.csv row 3: its label does not occur", "train.csv"))
 
 
 def test_a_bad_table_is_found_before_the_weights_are_read(world: Path, tmp_path: Path, refused: Refused,

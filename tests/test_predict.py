@@ -109,7 +109,7 @@ def test_without_labels_something_must_say_what_to_answer(base: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("{", "not readable JSON"), ("[]", "holds a list"),
+    ("{", "not readable as JSON"), ("[]", "found list"),
     ('{"base_quantization": "nf4"}', "base_quantization must be"),
     ('{"base_quantization": {"blocksize": "64", "double_quant": true}}', "base_quantization must be"),
     ('{"base_quantization": {"blocksize": 0, "double_quant": true}}', "base_quantization must be"),
