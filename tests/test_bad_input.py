@@ -61,8 +61,8 @@ CASES: dict[str, Case] = {
     "a byte order mark": Case("\ufeff" + GOOD, PAIRS, "the mark is dropped"),
     "CRLF line ends": Case(GOOD.replace("\n", "\r\n"), PAIRS, "as with LF"),
     "CR line ends": Case(GOOD.replace("\n", "\r"), PAIRS, "as with LF"),
-    "half of a surrogate pair in JSON": Case(jsonl(*ROWS).replace(" a", " \\ud83d"), [(f"{SECRET} \ufffd", "CT"), (B, "MR")],
-                                             "it becomes U+FFFD", ".jsonl"),
+    "half of a surrogate pair in JSON": Case(jsonl({"note": f"{SECRET} \ud83d", "label": "CT"}, ROWS[1]),
+                                             [(f"{SECRET} \ufffd", "CT"), (B, "MR")], "it becomes U+FFFD", ".jsonl"),
     # Columns
     "no such note column": Case(GOOD.replace("note", "Notes")),
     "no such label column": Case(GOOD.replace("label", "protocol")),
