@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,11 @@ UNREADABLE = (CheckpointError, SafetensorError, OSError, KeyError, ValueError, T
 
 @dataclass
 class Position:
-    """How far a run has come: optimizer steps done, and the bytes of metrics.jsonl they wrote."""
+    """How far a run has come: optimizer steps done, the bytes of metrics.jsonl they wrote, the hash of the table they saw."""
 
     step: int = 0
     metrics_bytes: int = 0
+    data_sha256: str = ""
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -80,7 +81,7 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
             torch.save({"optimizer": state, **random_state()}, temporary / OPTIMIZER_FILE)
         except RuntimeError as error:       # Trap: torch's way to say that the disk is full
             raise OSError(f"{OPTIMIZER_FILE} could not be written ({str(error).splitlines()[0]})") from error
-        write_json(temporary / STATE_FILE, {"step": position.step, "metrics_bytes": position.metrics_bytes})
+        write_json(temporary / STATE_FILE, asdict(position))
         write_text(temporary / SUMS_FILE, "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())))
     try:
         _drop(checkpoints, position.step)
@@ -141,7 +142,7 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
         try:
             _verify(path)
             state = read_json_object(path / STATE_FILE)
-            position = Position(int(state["step"]), int(state["metrics_bytes"]))
+            position = Position(int(state["step"]), int(state["metrics_bytes"]), str(state["data_sha256"]))
             tensors = load_file(path / WEIGHTS_FILE)
             rest = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
             if isinstance(optimizer, PagedAdamW):

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from minilora.adapters import save_adapter, save_extra
-from minilora.card import write_model_card
+from minilora.card import file_sha256, write_model_card
 from minilora.config import TrainConfig
 from minilora.data.batches import collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
@@ -136,6 +136,7 @@ def train(config: TrainConfig) -> TrainResult:
     llama = LlamaConfig.from_json(folder / "config.json")
     if config.max_length > llama.max_position_embeddings:
         raise ConfigError(f"max_length {config.max_length} exceeds the model's {llama.max_position_embeddings} positions")
+    table = file_sha256(config.data) if Path(config.data).is_file() else ""
     examples, labels = encode_table(config.data, config, tokenizer, None, llama.vocab_size)
     validation = encode_table(config.val, config, tokenizer, labels, llama.vocab_size)[0] if config.val else []
 
@@ -163,8 +164,12 @@ def train(config: TrainConfig) -> TrainResult:
         config.save(out / "config.toml")
         if start and not started:
             save_base(model, tokenizer, out)
-            save_checkpoint(out, Position(), model, optimizer)
+            save_checkpoint(out, Position(data_sha256=table), model, optimizer)
         position = load_checkpoint(out, model, optimizer) if config.resume else Position()
+        if position.data_sha256 not in ("", table):
+            warnings.warn(f"{config.data} has changed since step {position.step}: the run goes on, and ends with the bytes of "
+                          "neither table", stacklevel=2)
+        position.data_sha256 = table
         write_labels(out / "labels.txt", labels)
         tokenizer.save(out)
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from minilora import CheckpointError, MiniloraError, OutputError, TrainConfig, train
+from minilora.cli import main
 from minilora.errors import StoppedError
 from minilora.locks import LOCK_FILE, FolderLock
 from minilora.runs import append_metrics
@@ -334,6 +336,36 @@ def test_metrics_that_lost_lines_do_not_keep_a_run_from_going_on(
         assert resumes_to_the_same_bytes(config, tmp_path)
     assert [line.partition(",")[0] for line in metrics.read_text().splitlines()] == [
         f'{{"step": {step}' for step in ([1] if left else []) + [4, 5, 6]]
+
+
+def test_a_table_that_changed_since_the_checkpoint_is_told(config: TrainConfig, tmp_path: Path) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    write_csv(Path(config.data), notes(23))
+    with pytest.warns(UserWarning, match=r"train\.csv has changed since step 2: the run goes on"):
+        train(dataclasses.replace(config, max_steps=4, resume=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(dataclasses.replace(config, max_steps=5, resume=True))
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum on this system")
+def test_a_checkpoint_can_be_checked_without_minilora(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=Path(config.out) / "checkpoints" / "step-000002",
+                             capture_output=True, text=True)
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == 3, checked.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")])
+def test_any_command_without_memory_ends_with_one_line(config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("minilora.loading.load_checkpoint", failing)
+    assert main(["predict", "--model", config.model, "--free", "--note", SECRET]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("minilora: out of memory (") and said.count("\n") == 1 and SECRET not in said
 
 
 def test_damage_to_any_byte_of_a_checkpoint_is_found(config: TrainConfig, tmp_path: Path) -> None:
