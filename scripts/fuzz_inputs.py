@@ -242,7 +242,9 @@ def _repacked(draw: random.Random, content: bytes) -> bytes:
             if how == 0:
                 continue
             packed = zipfile.ZIP_DEFLATED if how == 1 else zipfile.ZIP_STORED
-            again.writestr(draw.choice(archive.namelist()) if how == 2 else entry.filename, record, packed)
+            # An entry that is made by name alone would hold the time of day.
+            named = zipfile.ZipInfo(draw.choice(archive.namelist()) if how == 2 else entry.filename)
+            again.writestr(named, record, packed)
     return out.getvalue()
 
 
