@@ -56,6 +56,7 @@ def test_a_planted_defect_is_found_and_the_inputs_behind_it_are_still_read(tmp_p
 def test_an_input_comes_again_by_its_number(tmp_path: Path) -> None:
     for name, later in (("a", 0), ("b", 10 ** 7)):
         run(f"import sys, time; now = time.time; time.time = lambda: now() + {later}; import fuzz; "
-            "sys.exit(fuzz.main(sys.argv[1:]))", "--kinds", "bin", "--seed", "3", "--case", "17", "--keep", str(tmp_path / name))
+            "sys.exit(fuzz.main(sys.argv[1:]))", "--kinds", "bin", "--seed", "3", "--case", "17", "--keep",
+            str(tmp_path / name))
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
     assert first == second and list(first) == ["pytorch_model.bin"]
