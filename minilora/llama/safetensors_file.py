@@ -75,6 +75,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if len(key) > LONGEST_KEY:
             raise CheckpointError(f"{path}: a tensor's name has {len(key):,} characters; fetch the file again")
         if key != "__metadata__":
+            if not isinstance(value["dtype"], str):     # Trap: the library also takes {"F32": null}
+                raise CheckpointError(f"{path}: {key} has the type {value['dtype']!r:.60}, which is none; fetch the file again")
             start, end = value["data_offsets"]
             entries[key] = TensorEntry(key, path, value["dtype"], DTYPES.get(value["dtype"]), tuple(value["shape"]),
                                        8 + length + start, end - start)

@@ -264,6 +264,9 @@ def _check_model(model: object, added: list[dict[str, Any]], source: str) -> Non
     if unknown is not None and not (isinstance(unknown, str) and
                                     (unknown in vocab or any(token.get("content") == unknown for token in added))):
         raise CheckpointError(f"{source}: its unk_token {unknown!r:.60} is not in the vocabulary; fetch the file again")
+    ids = [token_id for token_id in vocab.values() if isinstance(token_id, int)]
+    if len(set(ids)) != len(ids):
+        raise CheckpointError(f"{source}: two tokens of the vocabulary have the same id; fetch the file again")
     for number, merge in enumerate(merges):
         halves = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(halves, list) or len(halves) != 2 or not all(isinstance(half, str) for half in halves) or \
@@ -278,7 +281,8 @@ def _only_control_is_special(backend: tokenizers.Tokenizer, control: set[int]) -
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["id"] in control
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
+    with _library("the tokenizer cannot be written again"):
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def read_tokenizer(path: Path | str) -> Tokenizer:
