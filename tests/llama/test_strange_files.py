@@ -104,7 +104,8 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (4,), start: int = 0, sto
     {"a": entry(start=16, stop=0)}, {"a": entry(shape=(1 << 62, 4))}, {"a": entry("F3")}, {"a": entry(shape=(-4,))}, {"a": 1},
     {"a": entry() | {"dtype": {"F32": None}}},
     {"a" * 600: entry()}],
-    ids=["overlap", "shape", "dtype", "past the end", "backwards", "overflow", "type", "negative", "no entry", "type as an object", "long name"])
+    ids=["overlap", "shape", "dtype", "past the end", "backwards", "overflow", "type", "negative", "no entry",
+         "type as an object", "long name"])
 def test_a_header_that_lies_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert "model.safetensors" in said(lambda: read_header(header(tmp_path, tree, b"\0" * 16)))
 
@@ -210,8 +211,8 @@ def test_a_table_of_replacements_cut_short_is_refused(cut: int) -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"merges": [["a", "<unk>"]]}, "merge 0 is of what is not in the vocabulary"), ({"merges": [["a"]]}, "merge 0"),
     ({"merges": ["a b", "a  b"]}, "merge 1"), ({"unk_token": "\0"}, "unk_token '\\x00' is not in the vocabulary"),
-    ({"unk_token": 7}, "unk_token 7"), ({"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "ab": 4}, "merges": []},
-                                        "two tokens of the vocabulary have the same id"), ({"continuing_subword_prefix": "##"}, "prefixes or suffixes")])
+    ({"unk_token": 7}, "unk_token 7"), ({"continuing_subword_prefix": "##"}, "prefixes or suffixes"),
+    ({"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 3}, "merges": []}, "two tokens of the vocabulary have the same id")])
 def test_a_tokenizer_that_the_library_would_panic_over_is_refused(
         tmp_path: Path, change: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]) -> None:
     content = {**fuzz_inputs.TOKENIZER, "model": {**fuzz_inputs.TOKENIZER["model"], **change}}      # type: ignore[dict-item]
