@@ -27,11 +27,11 @@ from minilora.layers.lora import LoRAConfig, LoRALinear, dense_weight
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import Quantization, add_lora, is_target, lora_layers, quantization_of
 from minilora.llama.safetensors_file import TensorEntry, read_header, read_tensor
-from minilora.llama.strict_json import parse_object, read_bytes
+from minilora.llama.strict_json import LARGEST_OBJECT, parse_object, read_bytes
 
 CONFIG_FILE, WEIGHTS_FILE, EXTRA_FILE = "adapter_config.json", "adapter_model.safetensors", "minilora.json"
 PREFIX = "base_model.model."
-LARGEST_JSON = 1 << 20          # bytes of any of these files; they take a thousand
+LARGEST_CONFIG = 1 << 20        # bytes of adapter_config.json; it takes a thousand
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What PEFT can set that makes the adapter another function than the one computed here.
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layer_replication",
@@ -118,14 +118,14 @@ def save_extra(model: nn.Module, folder: str | Path, extra: dict[str, Any] | Non
     write_json(Path(folder) / EXTRA_FILE, {"base_quantization": quantization and asdict(quantization), **(extra or {})})
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from an untrusted file.
+def read_json_object(path: Path, largest: int = LARGEST_OBJECT) -> dict[str, Any]:
+    """A JSON object from an untrusted file of at most `largest` bytes.
 
     Raises: CheckpointError: absent, too large, not JSON, or not an object.
     """
     if not path.exists():
         raise CheckpointError(f"no {path.name} in {path.parent}")
-    return parse_object(read_bytes(path, LARGEST_JSON), str(path))
+    return parse_object(read_bytes(path, largest), str(path))
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
     path = Path(folder) / CONFIG_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"no such adapter folder: {folder}")
-    raw = read_json_object(path)
+    raw = read_json_object(path, LARGEST_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{path}: peft_type {raw['peft_type']!r:.60} is not supported, only LORA")
     for key in UNSUPPORTED:

@@ -34,7 +34,7 @@ class FolderLock:
     Args: folder: exists.
 
     Raises: OutputError: another process has it, or the disk refuses.
-    Guarantee: of two processes one gets it (tests/test_locks.py).
+    Guarantee: of two processes one gets it (tests/test_safety.py).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,8 +53,9 @@ class FolderLock:
             if self._is_there():
                 break
             os.close(self._descriptor)
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+        with suppress(OSError):         # only tells others whom to ask; a full disk is told where it matters
+            os.truncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
 
     def check(self) -> None:
         """Make sure that the folder is still the one that was locked.

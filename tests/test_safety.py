@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,9 +23,8 @@ from typing import Any
 import pytest
 import torch
 
-from minilora import CheckpointError, MiniloraError, OutputError, TrainConfig, train
+from minilora import CheckpointError, MiniloraError, OutputError, StoppedError, TrainConfig, train
 from minilora.cli import main
-from minilora.errors import StoppedError
 from minilora.locks import LOCK_FILE, FolderLock
 from minilora.runs import append_metrics
 from tests.killing import Runs, gone_on_with
@@ -153,6 +153,31 @@ def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(config: Train
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     lock.release()
     assert train(dataclasses.replace(config, resume=True, max_steps=2)).steps == 2
+
+
+def test_of_many_at_once_one_gets_the_folder(tmp_path: Path) -> None:
+    """Each holder removes the lock's file when it is done, while others are opening it."""
+    inside, most, wins = [0], [0], [0]
+
+    def take() -> None:
+        for _ in range(300):
+            try:
+                lock = FolderLock(tmp_path)
+            except OutputError:
+                continue
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            wins[0] += 1
+            time.sleep(0)
+            inside[0] -= 1
+            lock.release()
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] == 1 and wins[0] > 8 and os.listdir(tmp_path) == []
 
 
 def test_a_run_that_begins_while_this_one_loads_its_model_is_found(config: TrainConfig,
