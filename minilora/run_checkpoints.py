@@ -15,6 +15,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,9 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
         try:
             torch.save({"optimizer": state, **random_state()}, temporary / OPTIMIZER_FILE)
         except RuntimeError as error:       # Trap: torch's way to say that the disk is full
-            raise OSError(f"{OPTIMIZER_FILE} could not be written ({str(error).splitlines()[0]})") from error
+            free = shutil.disk_usage(temporary).free
+            raise OSError(f"{OPTIMIZER_FILE} could not be written ({str(error).splitlines()[0]}; {free / 1e6:,.1f} MB are free)"
+                          ) from error
         write_json(temporary / STATE_FILE, asdict(position))
         write_text(temporary / SUMS_FILE, "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())))
     try:
