@@ -29,6 +29,7 @@ from minilora.kernels.cpu import KINDS, Constants
 # `dequantize`.
 OPTIONS = {"enable_fp_fusion": False}
 LONGEST_RUN = 64
+ROW_RUN = 32                        # of one row: what a thread reads at once, 16 bytes, so that its sum stays within the thread
 TILE = 4096                         # weights that a program holds at a time: 32 a thread, whose codes are one read of 16 bytes
 # Up to so many rows of x the product rebuilds W in registers; above, each further 128 rows would rebuild it once more, and
 # unpacking it once for torch's product is cheaper.  An estimate from bytes and instructions, for a GPU to correct
@@ -97,7 +98,7 @@ class Kernel:
         if n:
             run = run_length(sizes["BLOCKSIZE"])
             self._launch("dequantize", (-(-n // TILE),), out.detach(), n, *weight, **sizes, RUN=run, SHORT=n % run != 0,
-                         TILE=TILE)
+                         WORDS=_words(packed, run) and n % run == 0, TILE=TILE)
         return out
 
     def product(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out_features: int,
@@ -108,10 +109,10 @@ class Kernel:
             x: (rows, in) float32, bfloat16 or float16, contiguous. packed: the codes of W (out, in).
             bias: (out,) float32 or None.
 
-        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type; products are summed in float32, and
-            the result is rounded once.
+        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type, or for one row to float32; products
+            are summed in float32, and the result is rounded once.
         Raises: ValueError: a tensor has another type, size, layout or device.
-        Guarantee: off the exact sum of those products by at most (in + 2) · 2⁻²⁴ · (Σ|x w| + |bias|) before the one rounding,
+        Guarantee: off the exact sum of those products by at most (in + 3) · 2⁻²⁴ · (Σ|x w| + |bias|) before the one rounding,
             for one row and for float32; for more rows of 16 bits four times that, as tensor cores cut where they should round
             (tests/kernels/test_gpu.py).  A row's result does not depend on its neighbours' values.
         """
@@ -123,9 +124,9 @@ class Kernel:
             return self._product(x, y, bias, out_features, in_features, weight, sizes, transposed=False)
         columns = max(LONGEST_RUN, min(1024, 1 << (in_features - 1).bit_length()))
         out = TILE // columns
+        run = run_length(sizes["BLOCKSIZE"], in_features, longest=ROW_RUN)
         self._launch("row_product", (-(-out_features // out),), y, x, x if bias is None else bias, out_features, in_features,
-                     *weight, **sizes, RUN=run_length(sizes["BLOCKSIZE"], in_features), BIAS=bias is not None, OUT=out,
-                     IN=columns)
+                     *weight, **sizes, RUN=run, WORDS=_words(packed, run), BIAS=bias is not None, OUT=out, IN=columns)
         return y
 
     def product_transposed(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int,
@@ -145,7 +146,7 @@ class Kernel:
             # Bytes that are read one by one are fetched ahead as addresses: three steps of them fill the shared memory.
             self._launch("product", (-(-features // (tile.columns if transposed else tile.out)), -(-rows // tile.rows)),
                          y, x, x if bias is None else bias, rows, out_features, in_features, *weight, **sizes,
-                         RUN=run, BIAS=bias is not None, TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out, IN=tile.columns,
+                         RUN=run, WORDS=_words(weight[0], run), BIAS=bias is not None, TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out, IN=tile.columns,
                          num_stages=1 if run == 1 else 3)
         return y
 
@@ -164,6 +165,11 @@ def _checked(tensor: Tensor, device: torch.device, *dtypes: torch.dtype, count: 
         raise ValueError(f"the kernel takes {wanted}, not {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} "
                          f"on {tensor.device}")
     return tensor
+
+
+def _words(packed: Tensor, run: int) -> bool:
+    """Whether runs of codes can be read as words of eight; a buffer that begins anywhere is read byte by byte."""
+    return run >= 8 and packed.data_ptr() % 16 == 0
 
 
 def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int,

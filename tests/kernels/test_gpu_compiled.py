@@ -25,6 +25,7 @@ from tests.kernels.test_gpu import (
     FORWARD_AND_BACK,
     WITHOUT_TRITON,
     error_in_units_of_the_bound,
+    multiplied,
     normal,
     product,
     same_step,
@@ -52,7 +53,7 @@ def compiled(name: str, dtype: torch.dtype, capability: int = 80, *, fusion: boo
     from minilora.kernels import nf4_triton
 
     function = getattr(nf4_triton, name)
-    sizes = {"BLOCKSIZE": 64, "NESTED": 256, **sizes}
+    sizes = {"BLOCKSIZE": 64, "NESTED": 256, "WORDS": name == "dequantize" and not sizes["SHORT"] or sizes["RUN"] >= 8, **sizes}
     kinds = {**dict.fromkeys(("out", "x", "y"), f"*{NAMES[dtype]}"), "packed": "*u8", "offset": "fp32", "n": "i64",
              "constants": "*u8" if sizes["NESTED"] else "*fp32",
              **dict.fromkeys(("rows", "out_features", "in_features"), "i32")}
@@ -68,7 +69,7 @@ def dequantize(dtype: torch.dtype, capability: int, **options: Any) -> Any:
 
 
 def row_product(dtype: torch.dtype, capability: int, **options: Any) -> Any:
-    return compiled("row_product", dtype, capability, **{"RUN": 64, "BIAS": True, "OUT": 4, "IN": 1024, **options})
+    return compiled("row_product", dtype, capability, **{"RUN": 32, "BIAS": True, "OUT": 4, "IN": 1024, **options})
 
 
 @EVERY_GENERATION
@@ -196,9 +197,9 @@ def test_products_on_a_gpu_lie_within_their_bound(on_a_gpu: gpu.Kernel, shape: t
     q = quantize_nf4(normal(*shape)).to(DEVICE)
     for dtype in FLOATS:
         for transposed in (False, True):
-            w = q.dequantize(dtype).T if transposed else q.dequantize(dtype)
             bias = None if transposed else normal(shape[0], seed=2).to(DEVICE)
             for rows in (1, 2, 16, 31, 64, 128):
+                w = multiplied(q, dtype, rows, transposed)
                 x = normal(rows, w.shape[1], seed=1).to(DEVICE, dtype)
                 y = product(on_a_gpu, q, x, transposed, bias)
                 worst = error_in_units_of_the_bound(w, x, y, bias)
