@@ -164,11 +164,19 @@ def test_infinities_and_nan_in_x_reach_their_own_rows_only(interpreted: Interpre
 
 def test_the_choice_of_tiles_covers_every_row_and_is_counted_in_powers_of_two() -> None:
     for rows in range(1, 300):
-        for transposed in (False, True):
-            for dtype in FLOATS:
-                tile = gpu.tiles(rows, transposed, dtype)
+        for dtype in FLOATS:
+            for transposed in (False, True):
+                tile = gpu.tiles(rows, dtype, transposed)
                 assert min(rows, 64 if dtype == torch.float32 else 128) <= tile.rows
-                assert all(size & (size - 1) == 0 and size >= 16 for size in tile) and tile.out * tile.columns == gpu.TILE
+                assert all(size & (size - 1) == 0 and size >= 16 for size in tile)
+
+
+def test_sums_are_cut_into_parts_only_where_programs_are_few_and_steps_enough() -> None:
+    assert gpu.parts_of(programs=1, rows=16, steps=86) == gpu.MOST_PARTS and gpu.parts_of(programs=1, rows=16, steps=3) == 3
+    assert gpu.parts_of(programs=gpu.ENOUGH_PROGRAMS, rows=1, steps=86) == 1
+    parts = [gpu.parts_of(programs, rows, steps)
+             for programs in (1, 64, 172, 5000) for rows in (2, 64, 500) for steps in (1, 32)]
+    assert min(parts) == 1 and max(parts) == gpu.MOST_PARTS
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((64,), 64), ((4096, 11008), 64), ((96, 4096), 32), ((7, 64), 1),
@@ -210,9 +218,9 @@ def test_the_layer_takes_the_kernels_forward_and_back(in_place_of_the_cpus: Inte
     x = normal(rows, 96, seed=1).bfloat16().requires_grad_()
     y = layer(x)
     y.backward(normal(rows, 40, seed=2).bfloat16())
-    # Above 128 rows the weight is unpacked for torch's product, here as well as on the way back.
-    assert in_place_of_the_cpus.launched == ({"dequantize": 2} if rows > 128 else {"product": 2} if rows > 1
-                                             else {"row_product": 1, "product": 1})
+    # Above some rows the weight is unpacked for torch's product, here as well as on the way back.
+    expected = {1: {"row_product": 1, "product": 1}, 5: {"product": 2}, 200: {"dequantize": 2}}
+    assert in_place_of_the_cpus.launched == expected[rows]
     grad = normal(rows, 40, seed=2).bfloat16()
     forward, back = (multiplied(layer.quantized, torch.bfloat16, rows, transposed) for transposed in (False, True))
     assert error_in_units_of_the_bound(forward, x.detach(), y.detach(), layer.bias.bfloat16().float()) <= 1
