@@ -22,6 +22,7 @@ from minilora.llama.model import LlamaForCausalLM
 from minilora.loss import label_loss
 from minilora.optim.adamw import AdamW
 from minilora.optim.paged_adamw import PagedAdamW
+from minilora.repeatable import repeatable
 from minilora.run_checkpoints import random_state, set_random_state
 
 MODEL_RATE, MODEL_WIDTH = 2e-4, 4096        # QLoRA, appendix B.2: the rate at 7B, whose hidden size is 4096
@@ -121,7 +122,8 @@ def _forward_backward(model: LlamaForCausalLM, batches: list[Batch]) -> Gradient
     broken: list[int] = []
     for batch in batches:
         part = label_loss(model, batch) / label_tokens
-        part.backward()
+        with repeatable(model.device):
+            part.backward()
         value = float(part.detach())
         loss += value
         if not math.isfinite(value):
