@@ -112,12 +112,15 @@ def _sha256(path: Path) -> str:
 def _verify(path: Path) -> None:
     """Compare every file of a checkpoint with its hash.
 
-    Raises: CheckpointError: one differs, or is not listed. OSError: one is missing.
+    Raises: CheckpointError: one differs, is not listed, or is none of a checkpoint's. OSError: one is missing.
     """
     lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in {WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, *listed}:
-        if _sha256(path / name) != listed.get(name):
+    needed = {WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE}
+    if not needed <= listed.keys() <= {*needed, MOMENTS_FILE}:
+        raise CheckpointError(f"{SUMS_FILE} lists other files than a checkpoint has")
+    for name, digest in listed.items():
+        if _sha256(path / name) != digest:
             raise CheckpointError(f"{name} is not what was written (its hash differs)")
 
 

@@ -120,7 +120,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     Returns: figures of the run; the adapter (or, after full tuning, the model), tokenizer, label set, metrics and model
         card stand in ``config.out``.
-    Raises: MiniloraError: bad input, an output in use, or a loss that is not finite.
+    Raises: MiniloraError: bad input, an output in use, or a loss that is not finite. StoppedError: a signal asked for it; the
+        checkpoint is written.
     Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not (test_train.py).
     """
     began = time.perf_counter()
