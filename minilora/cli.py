@@ -15,7 +15,7 @@ from typing import Any
 
 from minilora.config import TrainConfig, read_toml
 from minilora.errors import ConfigError, MiniloraError
-from minilora.flags import Formatter, Parser, answer_flags, memory_flags, model_flags, out_flags, train_flags
+from minilora.flags import Formatter, Parser, answer_flags, memory_flags, model_flags, out_flags, score_flags, train_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,11 +60,16 @@ def build_parser() -> argparse.ArgumentParser:
     answer_flags(sub)
     sub.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
     sub.add_argument("--label-column", default="label", help="column of labels")
-    sub.add_argument("--embedder", default="base", choices=("base",),
-                     help="what measures cosine similarity: the base model itself")
+    score_flags(sub)
     sub.add_argument("--out", required=True, help="folder for metrics.json and predictions.csv")
     sub.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     out_flags(sub)
+
+    sub = command("compare", _compare, "say whether one evaluation's answers are better than another's, or only luckier")
+    sub.add_argument("ours", metavar="SCORES", help="what evaluate wrote, a run folder around it, or a table of predictions")
+    sub.add_argument("other", metavar="OTHER", help="the same of another method, on the same rows")
+    sub.add_argument("--label-column", default="label", help="column of labels")
+    sub.add_argument("--seed", type=int, default=0, help="of the bootstrap")
 
     sub = command("predict", _predict, "label one note, or a table of them")
     model_flags(sub)
@@ -159,15 +164,26 @@ def _predictor(args: argparse.Namespace) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from minilora.card import record_scores
-    from minilora.score import read_scored_table, score_table
-    read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
+    from minilora.score import read_beside, read_scored_table, score_table, training_table
+    table = read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
+    train = training_table(args.adapter or args.model)
+    if args.train:
+        train = Path(args.train), args.input_column, args.label_column
+    beside = read_beside(table, args.embedder, train, args.baseline, args.against)
     evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
-                             args.overwrite, args.quiet)
+                             args.overwrite, args.quiet, beside)
     record_scores(args.adapter or args.model, args.data, evaluation, args.free)
     if not args.quiet:
         from minilora.evaluate import format_table
         print(format_table(evaluation))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from minilora.compare import compare_files, format_comparison
+    print(format_comparison(compare_files(args.ours, args.other, args.label_column, args.seed), args.ours, args.other))
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -69,6 +69,20 @@ def answer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-column", default="input", help="column of notes")
 
 
+def score_flags(parser: argparse.ArgumentParser) -> None:
+    """What answers are measured by and held against."""
+    parser.add_argument("--embedder", default="base",
+                        help="what measures cosine similarity: base (the base model itself), minilm (extra [minilm]), or the "
+                             "folder of a sentence-transformers BERT")
+    parser.add_argument("--train", metavar="FILE",
+                        help="table that the model was trained on: notes that nearly stand there are counted (default: the "
+                             "run's own, where it still lies)")
+    parser.add_argument("--baseline", action="store_true",
+                        help="train a bag of words on that table and score it beside the model (extra [baseline])")
+    parser.add_argument("--against", nargs="+", default=[], metavar="SCORES",
+                        help="other evaluations of this table: folders that evaluate wrote, or tables of predictions")
+
+
 def out_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that writes has."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -34,27 +34,39 @@ from minilora.layers.qlora import Quantization
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
-from minilora.trie import LabelTrie, predict_labels
+from minilora.trie import LabelTrie, score_labels
 
 FREE_TOKENS = 48        # longest free answer
 ROWS_AT_ONCE = 512      # of a table: sorted by length among themselves, then written in order
-ADDED_COLUMNS = ("prediction", "probability", "error")
+RANKED = 5              # most probable labels that are kept of each row
+ADDED_COLUMNS = ("prediction", "probability", "error", "runner_up", "runner_up_probability")
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer. `probability` is over the label set, None for a free answer; `error` says why there is no answer."""
+    """An answer.
+
+    Attributes:
+        label: "" where there is none. error: why there is none.
+        probability: over the label set; None for a free answer. runner_up, runner_up_probability: the second most probable.
+        ranked: the most probable labels, at most `RANKED`, the answer first; none for a free answer.
+    """
 
     label: str
     probability: float | None = None
     runner_up: str | None = None
     error: str | None = None
+    runner_up_probability: float | None = None
+    ranked: tuple[str, ...] = ()
 
 
 @dataclass
 class Predictor:
-    """A model, its tokenizer, the prompt it was trained with, and the labels it may answer (None: anything)."""
+    """A model, its tokenizer, the prompt it was trained with, and the labels it may answer (None: anything).
+
+    `name` and `adapter` say where the model came from, for the records.
+    """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
@@ -62,6 +74,8 @@ class Predictor:
     labels: list[str] | None
     max_length: int
     batch_size: int = 16
+    name: str = ""
+    adapter: Path | None = None
 
     def __post_init__(self) -> None:
         self.trie = LabelTrie(self.labels, self.tokenizer) if self.labels is not None else None
@@ -108,7 +122,8 @@ class Predictor:
         loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=how.double_quant,
                             blocksize=how.blocksize, dtype=compute, device=on, adapter=adapter, pad_vocab=pad_vocab,
                             cache=cache)
-        return cls(loaded, tokenizer, prompt, known, max_length or length)
+        return cls(loaded, tokenizer, prompt, known, max_length or length, name=model,
+                   adapter=Path(adapter) if adapter is not None else None)
 
     def predict(self, notes: Sequence[str]) -> list[Prediction]:
         """Label notes; an empty one gets an error instead of an answer."""
@@ -128,9 +143,11 @@ class Predictor:
             written = generate_ids(self.model, self.tokenizer, prompts, max_new_tokens=FREE_TOKENS, batch_size=self.batch_size)
             yield from (Prediction(self.tokenizer.decode(ids).strip()) for ids in written)
             return
-        labels, probabilities, runners_up = predict_labels(self.model, self.tokenizer, prompts, self.trie)
-        for label, probability, runner_up in zip(labels, probabilities, runners_up, strict=True):
-            yield Prediction(label, float(probability), runner_up)
+        best = score_labels(self.model, self.trie, prompts).topk(min(RANKED, len(self.trie)), dim=-1)
+        for codes, chances in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True):
+            ranked = tuple(self.trie.labels[code] for code in codes)
+            second = (ranked[1], chances[1]) if len(ranked) > 1 else (None, None)
+            yield Prediction(ranked[0], chances[0], second[0], None, second[1], ranked)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -173,7 +190,8 @@ def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input
         for chunk in chunks(iter_table(data, input_column), ROWS_AT_ONCE):
             for row, answer in zip(chunk, predictor.predict([row.text for row in chunk]), strict=True):
                 writer.write({**row.values, "prediction": answer.label, "probability": answer.probability,
-                              "error": answer.error})
+                              "error": answer.error, "runner_up": answer.runner_up,
+                              "runner_up_probability": answer.runner_up_probability})
             rows += len(chunk)
             progress.update(len(chunk))
     return rows

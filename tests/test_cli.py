@@ -26,7 +26,7 @@ from tests.models import write_model
 from tests.notes import LABELS, SECRET, notes, write_csv
 
 IDS = torch.arange(40)[None]
-COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "predict", "merge", "report", "audit")
+COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "compare", "predict", "merge", "report", "audit")
 HARD = [("He said: \"no pain\", twice", "CT Brain"), ("Zeile eins\nZeile zwei", "MR Knee, left"), ("", ""),
         ("naïve – 疼痛 🦴", "CT Brain"), ("carriage\r\nreturn", "C-Spine(Bone)"), ("comma, and 'quotes'", "CT Brain")]
 
@@ -518,7 +518,7 @@ def test_evaluate_writes_scores_and_predictions(world: Path, tmp_path: Path, cal
         low, high = scores["intervals"][name]
         assert 0 <= low <= scores[name] <= high <= 1
     rows = rows_of(tmp_path / "scores" / "predictions.csv")
-    assert list(rows[0]) == ["input", "label", "prediction", "probability"]
+    assert list(rows[0]) == ["input", "label", "prediction", "probability", "runner_up", "runner_up_probability"]
     assert [(row["input"], row["label"]) for row in rows] == notes(8)
     assert mode(tmp_path / "scores" / "predictions.csv") == 0o600
     card = (world / "run" / "README.md").read_text()

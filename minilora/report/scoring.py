@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora.calibration import BINS, calibration_error, coverage, reliability
+from minilora.calibration import BINS, calibration_error, coverage, picked, reliability
 from minilora.metrics import Floats, count_pairs, label_scores, normalize_label
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import figure, legend, percent, shortened
@@ -14,7 +14,6 @@ NAMES = {"exact_match": "Exact match", "macro_f1": "Macro-F1", "weighted_f1": "W
 SAID = {"exact_match": "answers equal to the reference", "macro_f1": "mean F1 over the labels, each counting the same",
         "weighted_f1": "mean F1, each label by its rows", "cosine": "how close the answer reads; flatters, see the baselines"}
 BASELINES = {"shuffled": "the references in random order", "majority": "always the most frequent label"}
-COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)     # shares of rows that the table answers
 MOST_LABELS = 200       # that the table lists
 SMALL = 30              # references under which a label's scores are called rough
 
@@ -98,7 +97,7 @@ def _coverage(probability: Floats, found: ScoreFiles) -> Markup:
                   linear_axis(0 if low < 0.5 else 0.5 if low < 0.9 else 0.9, 1, "right among them", percent=True))
     marks: list[Child] = [frame.level(float(found.right.mean()), "bound", "all rows answered"),
                           frame.line(curve.share, curve.accuracy, "main")]
-    points = sorted({int(np.flatnonzero(curve.share >= wanted - 1e-12)[0]) for wanted in COVERAGES}, reverse=True)
+    points = picked(curve)
     digits = next((d for d in range(3, 9) if len({f"{curve.threshold[at]:.{d}f}" for at in points}) == len(points)), 9)
     rows: list[list[Child]] = [[f"≥ {curve.threshold[at]:.{digits}f}", percent(curve.share[at], 0), percent(curve.accuracy[at]),
                                 f"{round(curve.share[at] * found.n * (1 - curve.accuracy[at])):,}"] for at in points]
