@@ -54,14 +54,18 @@ class Twins:
         return int(((self.similarity > 0) & (self.similarity < 1)).sum())
 
 
-def find_twins(notes: Sequence[str], others: Sequence[str], threshold: float = THRESHOLD) -> Twins:
+def find_twins(notes: Sequence[str], others: Sequence[str] | None = None, threshold: float = THRESHOLD) -> Twins:
     """For each note the closest one among `others`, if it comes close enough.
 
-    Args: threshold: of Jaccard similarity, above 0 and at most 1.
+    Args:
+        others: default the notes themselves, each compared with those before it.
+        threshold: of Jaccard similarity, above 0 and at most 1.
+
     Guarantee: what comparing every pair finds (tests/test_duplicates.py).
     """
-    sets, against = [shingles(note) for note in notes], [shingles(note) for note in others]
-    counts = Counter(shingle for found in (*sets, *against) for shingle in found)
+    sets = [shingles(note) for note in notes]
+    against = [shingles(note) for note in others] if others is not None else sets
+    counts = Counter(shingle for found in itertools.chain(sets, against) for shingle in found)
 
     def prefix(found: frozenset[tuple[str, ...]]) -> list[tuple[str, ...]]:
         rarest = sorted(found, key=lambda shingle: (counts[shingle], shingle))
@@ -77,7 +81,7 @@ def find_twins(notes: Sequence[str], others: Sequence[str], threshold: float = T
         seen = set[int]()
         for shingle in prefix(found):
             for number in index.get(shingle, ()):
-                if number in seen:
+                if number in seen or (others is None and number >= row):
                     continue
                 seen.add(number)
                 other = against[number]

@@ -42,3 +42,12 @@ def test_words_count_and_not_case_or_punctuation() -> None:
     assert shingles("A b, C.") == shingles("a B c") == {("a", "b"), ("b", "c")}
     assert shingles("Fever!") == {("fever",)} and shingles(" .. ") == frozenset()
     assert find_twins(["fever"], ["Fever."]).same == 1 and find_twins([""], [""]).same == 0
+
+
+@given(NOTES)
+def test_within_one_table_each_note_is_compared_with_those_before_it(notes: list[str]) -> None:
+    found = find_twins(notes)
+    for row, note in enumerate(notes):
+        best = max((jaccard(note, other) for other in notes[:row]), default=0.0)
+        assert found.similarity[row] == pytest.approx(best if best >= 0.7 - 1e-12 else 0.0)
+        assert found.nearest[row] < row
