@@ -102,7 +102,8 @@ def predict_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", help="table of notes: CSV, JSONL or Parquet; needs --out")
     parser.add_argument("--out", help="table to write: the input's columns, then prediction, probability, error, runner_up, "
                                       "runner_up_probability")
-    parser.add_argument("--resume", action="store_true", help="go on with a table that was interrupted; the bytes are the same")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on where an earlier prediction of --out was interrupted; the bytes are the same")
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:

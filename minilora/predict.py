@@ -5,6 +5,8 @@ Without, the model writes freely (greedy) and the answer may be anything.
 """
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,10 +28,12 @@ from minilora.data.prompts import (
 )
 from minilora.data.table_writer import TableWriter, added_columns
 from minilora.data.tables import iter_table, read_columns, read_labels
-from minilora.errors import CheckpointError, ConfigError, OutputError
+from minilora.errors import CheckpointError, ConfigError, DataError, OutputError
 from minilora.files import check_output
 from minilora.generate import generate_ids
 from minilora.hub import resolve_model
+from minilora.identity import fingerprint
+from minilora.journal import Journal, check_unfinished
 from minilora.layers.qlora import Quantization
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
@@ -157,41 +161,65 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def check_tables(data: str | Path, out: str | Path, input_column: str, overwrite: bool = False) -> list[str]:
+def check_tables(data: str | Path, out: str | Path, input_column: str, overwrite: bool = False,
+                 resume: bool = False) -> list[str]:
     """Find what would stop `predict_table` at its first row, so that no model need be loaded for it.
 
     Returns: the columns of the output.
-    Raises: DataError, OutputError.
+    Raises: DataError, OutputError. ConfigError: both to go on and to begin anew.
     """
+    if overwrite and resume:
+        raise ConfigError("--resume goes on and --overwrite begins anew; give one of the two")
     check_output(out, overwrite)
     table_format(Path(out), None, OutputError)
     if Path(out).is_dir():
         raise OutputError(f"{out} is a folder; name a file")
     if not Path(out).absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {Path(out).parent}; make it first")
+    check_unfinished(out, resume, overwrite)
     columns = added_columns(data, read_columns(data), ADDED_COLUMNS)
     next(iter_table(data, input_column))
     return columns
 
 
+def _identity(predictor: Predictor, input_column: str) -> str:
+    """A hash of everything that decides an answer beside the note."""
+    decides = [fingerprint(predictor.model), predictor.labels, predictor.template.text, predictor.max_length,
+               predictor.batch_size, input_column, ROWS_AT_ONCE]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
 def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input_column: str, overwrite: bool = False,
-                  quiet: bool = False) -> int:
-    """Label a table row by row: the input's columns, then prediction, probability, error; owner-only.
+                  quiet: bool = False, resume: bool = False) -> int:
+    """Label a table row by row: the input's columns, then `ADDED_COLUMNS`; owner-only, in constant memory.
 
     Args:
-        data: CSV, JSONL or Parquet. out: the same formats, by suffix; nothing is left of it on failure.
+        data: CSV, JSONL or Parquet. out: the same formats, by suffix; it appears whole or not at all.
+        resume: go on where an earlier call for `out` was interrupted (`journal`), if one was.
 
     Returns: rows written.
-    Raises: DataError, OutputError.
+    Raises: DataError, OutputError, ConfigError. What was answered until then is kept for `resume`.
+    Guarantee: rows keep their order; killed and resumed, the bytes are the same (tests/test_resume.py).
     """
-    columns = check_tables(data, out, input_column, overwrite)
+    columns = check_tables(data, out, input_column, overwrite, resume)
     rows = 0
-    with TableWriter(out, columns, overwrite) as writer, tqdm(desc="predict", unit="row", disable=quiet) as progress:
-        for chunk in chunks(iter_table(data, input_column), ROWS_AT_ONCE):
-            for row, answer in zip(chunk, predictor.predict([row.text for row in chunk]), strict=True):
-                writer.write({**row.values, "prediction": answer.label, "probability": answer.probability,
-                              "error": answer.error, "runner_up": answer.runner_up,
-                              "runner_up_probability": answer.runner_up_probability})
-            rows += len(chunk)
-            progress.update(len(chunk))
+    with (Journal(Path(out), _identity(predictor, input_column), resume) as journal,
+          TableWriter(out, columns, overwrite) as writer, tqdm(desc="predict", unit="row", disable=quiet) as progress):
+        try:
+            for chunk in chunks(iter_table(data, input_column), ROWS_AT_ONCE):
+                notes = [row.text for row in chunk]
+                answers = journal.recorded(notes)
+                if answers is None:
+                    answers = [[it.label, it.probability, it.error, it.runner_up, it.runner_up_probability]
+                               for it in predictor.predict(notes)]
+                    journal.record(notes, answers)
+                for row, answer in zip(chunk, answers, strict=True):
+                    writer.write({**row.values, **dict(zip(ADDED_COLUMNS, answer, strict=True))})
+                rows += len(chunk)
+                progress.update(len(chunk))
+        except DataError as error:
+            if journal.rows:
+                raise DataError(f"{error} (the answers to {journal.rows:,} rows are kept: mend the table and add --resume)"
+                                ) from error
+            raise
     return rows

@@ -59,8 +59,8 @@ def predict(args: argparse.Namespace) -> None:
     """`minilora predict`."""
     from minilora.predict import check_tables, predict_table
     if args.note is not None:
-        if args.out:
-            raise ConfigError("--out goes with --data; the label of a --note is printed")
+        if args.out or args.resume:
+            raise ConfigError(f"--{'out' if args.out else 'resume'} goes with --data; the label of a --note is printed")
         answer, = _predictor(args).predict([args.note])
         if answer.error:
             raise ConfigError(f"--note: {answer.error}")
@@ -70,7 +70,7 @@ def predict(args: argparse.Namespace) -> None:
         return
     if not args.out:
         raise ConfigError("--data needs --out: the table to write the predictions to")
-    check_tables(args.data, args.out, args.input_column, args.overwrite)     # before the model is loaded
-    rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet)
+    check_tables(args.data, args.out, args.input_column, args.overwrite, args.resume)     # before the model is loaded
+    rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")

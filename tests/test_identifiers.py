@@ -21,8 +21,9 @@ FOUND = {
 }
 LEFT_ALONE = ["MR Knee, left", "MR Brain W WO Contrast", "C3/4/5 stenosis", "L4-5, L5/S1 disc", "eGFR 24, creatinine 2.1",
               "BP 120/80", "D-dimer 12000", "T12-L1 fracture", "65 yo m, fall from 3 m", "2 days ago", "may have a bleed",
-              "march fracture", "r/o PE, sudden dyspnea", "Dr to call with results", "3-4 cm mass", "GCS 14/15", "5/10 pain, worse at night",
-              "CT Abdomen 1.5 x 2.0 cm", "in 2019", "the patient is 54", "case of 3", "1-2-3 weeks"]
+              "march fracture", "r/o PE, sudden dyspnea", "Dr to call with results", "3-4 cm mass", "GCS 14/15",
+              "5/10 pain, worse at night", "CT Abdomen 1.5 x 2.0 cm", "in 2019", "the patient is 54", "case of 3",
+              "1-2-3 weeks"]
 
 
 @pytest.mark.parametrize(("kind", "note"), [(kind, note) for kind, notes in FOUND.items() for note in notes])

@@ -228,9 +228,7 @@ def test_a_table_is_labelled_in_pieces_as_in_one(predictor: Predictor, tmp_path:
         assert 0 <= float(row["runner_up_probability"]) <= float(row["probability"]) <= 1 + 1e-5
 
 
-def test_a_table_that_breaks_off_leaves_no_output(predictor: Predictor, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minilora.predict, "ROWS_AT_ONCE", 2)
+def test_a_table_that_breaks_off_leaves_no_output(predictor: Predictor, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "notes.csv", notes(5))
     with data.open("a") as file:
         file.write("one,cell,too many\n")
