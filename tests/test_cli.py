@@ -432,7 +432,8 @@ def test_a_table_of_ones_own_trains_and_comes_back_with_predictions(world: Path,
                           "--quiet", *columns)) == ""
     assert mode(out) == 0o600
     table = read_table(out, "Note text")
-    assert table.columns == ["id", "Note text", "Protocol, final", "prediction", "probability", "error"]
+    assert table.columns == ["id", "Note text", "Protocol, final", "prediction", "probability", "error", "runner_up",
+                             "runner_up_probability"]
     assert [(row.values["Note text"], row.values["Protocol, final"]) for row in table.rows] == rows
     assert [row.values["id"] for row in table.rows] == [str(index) for index in range(len(rows))]
     for row in table.rows:
