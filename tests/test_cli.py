@@ -441,7 +441,7 @@ def test_a_table_of_ones_own_trains_and_comes_back_with_predictions(world: Path,
             assert row.values["prediction"] in {label for _, label in HARD if label} and row.values["error"] == ""
             assert 0 < float(row.values["probability"]) <= 1 + 1e-6
         else:
-            assert [row.values[name] for name in table.columns[3:]] == ["", "", "empty note"]
+            assert [row.values[name] for name in table.columns[3:]] == ["", "", "empty note", "", ""]
 
 
 @pytest.mark.parametrize("count", [9, 200])
