@@ -3,8 +3,8 @@
 
     python scripts/compare.py --out compare-out        # half an hour on two cores; needs the extra [baseline]
 
-Every row sees the same synthetic notes, and the test split is scored once a row with nothing tuned on it; p is McNemar's.  The language
-models are the shipped one, fine-tuned with the demo's settings over three forms of its frozen weights: 16-bit (plain
+Every row sees the same synthetic notes, and the test split is scored once a row with nothing tuned on it; p is McNemar's.  The
+language models are the shipped one, fine-tuned with the demo's settings over three forms of its frozen weights: 16-bit (plain
 LoRA), NF4, and NF4 with double-quantized constants; then over the last with one thing changed at a time.  Perplexity is that
 of the untouched base on text of its own kind that it never saw: what quantization alone does.
 """
