@@ -27,6 +27,7 @@ COSTS = {
     "region": 1.0,              # another part of the body is imaged: the question stays open, the dose was for nothing
     "side": 1.0,                # the same
     "contrast given": 1.0,      # injected although the protocol leaves it out: kidneys, allergy
+    "extent": 0.5,              # more of the body, or less, than the protocol says
     "modality": 0.5,            # another machine: mostly a worse answer to the same question
     "contrast left out": 0.5,   # a worse answer; the examination may have to be repeated
     "contrast phases": 0.25,    # with, instead of with and without, or the reverse
@@ -133,7 +134,8 @@ def error_kinds(reference: str, answer: str) -> list[str]:
         return []
     right, given = read_protocol(reference), read_protocol(answer)
     found = ["modality"] if right.modality and given.modality and right.modality != given.modality else []
-    found += ["region"] if right.regions and given.regions and right.regions != given.regions else []
+    if right.regions and given.regions and right.regions != given.regions:
+        found.append("extent" if right.regions & given.regions else "region")
     found += ["side"] if right.side and given.side and right.side != given.side else []
     # As in `clinical_difference`: what only one name mentions counts where nothing else differs.
     if right.contrast != given.contrast and (not found or (right.contrast and given.contrast)):

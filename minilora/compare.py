@@ -156,8 +156,13 @@ def compare_files(ours: str | Path, other: str | Path, label_column: str, seed: 
 
 
 def p_text(value: float) -> str:
-    """A p-value as people write it: 0.031, 2e-07, below 1e-300."""
-    return "below 1e-300" if value < 1e-300 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+    """A p-value as people write it: 0.031, 2e-07, < 1e-300."""
+    return "< 1e-300" if value < 1e-300 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def p_said(value: float) -> str:
+    """The same in a sentence: "p = 0.031"."""
+    return f"p {'' if value < 1e-300 else '= '}{p_text(value)}"
 
 
 def format_comparison(found: Comparison, ours: str, other: str) -> str:
@@ -169,5 +174,5 @@ def format_comparison(found: Comparison, ours: str, other: str) -> str:
         f"{found.n:,} rows",
         f"{ours:<{width}}  exact {found.exact_match:6.1%}   alone right in {found.only_ours:,}",
         f"{other:<{width}}  exact {found.other:6.1%}   alone right in {found.only_other:,}",
-        f"difference {100 * found.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]; McNemar's exact test: p "
-        f"{'= ' if found.p_value >= 1e-300 else ''}{p_text(found.p_value)}, {word[found.verdict()]}"])
+        f"difference {100 * found.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]; McNemar's exact test: "
+        f"{p_said(found.p_value)}, {word[found.verdict()]}"])

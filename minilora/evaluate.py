@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minilora.calibration import calibration_error, coverage, picked, reliability
 from minilora.clinical import clinical_difference, close_pairs, weigh_errors
-from minilora.compare import compare_answers, p_text
+from minilora.compare import compare_answers, p_said
 from minilora.data.table_writer import TableWriter, added_columns
 from minilora.duplicates import THRESHOLD, Twins
 from minilora.embed import Embedder
@@ -230,7 +230,7 @@ def _beside(evaluation: Evaluation) -> list[str]:
     for name, found in evaluation.comparisons.items():
         low, high = found.interval
         lines.append(f"against {name}: {100 * found.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], alone right "
-                     f"in {found.only_ours:,} against {found.only_other:,}, McNemar p {p_text(found.p_value)}: "
+                     f"in {found.only_ours:,} against {found.only_other:,}, McNemar {p_said(found.p_value)}: "
                      f"{found.verdict()}")
     return lines
 

@@ -29,7 +29,7 @@ def test_mcnemar_equals_scipys_binomial_test(only_ours: int, only_other: int) ->
 
 
 def test_ten_thousand_rows_that_one_alone_has_right_have_a_p_value() -> None:
-    assert mcnemar(10_000, 0) == 0.0 and p_text(mcnemar(10_000, 0)) == "below 1e-300"
+    assert mcnemar(10_000, 0) == 0.0 and p_text(mcnemar(10_000, 0)) == "< 1e-300"
     assert 0.9 < mcnemar(50_000, 50_010) <= 1
 
 

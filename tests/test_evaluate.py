@@ -293,6 +293,7 @@ def test_reliability_and_coverage_stand_in_the_metrics() -> None:
     (WITH, WITH, []), (WITH, WITHOUT, ["contrast left out"]), (WITHOUT, WITH, ["contrast given"]),
     ("CT Abdomen", WITH, ["contrast given"]), ("MRI Brain W WO Contrast", "MRI Brain W", ["contrast phases"]),
     ("MRI Brain W WO Contrast", "MRI Brain WO", ["contrast left out"]), ("MRI Brain WO", "MRI Brain", ["unsaid"]),
+    (WITH, "CT Abdomen Pelvis W Contrast", ["extent"]),
     ("XR Knee Left", "XR Knee Right", ["side"]), ("CT Chest", "US Abdomen", ["modality", "region"]),
     (WITHOUT, "CT Chest W Contrast", ["region", "contrast given"]), ("refund", "complaint", ["unsaid"]),
 ])

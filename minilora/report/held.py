@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from minilora.baseline import NAME as BAG_OF_WORDS
-from minilora.compare import Comparison, p_text
+from minilora.compare import Comparison, p_said, p_text
 from minilora.errors import DataError
 from minilora.report.checked import AGAIN, checked_interval, checked_object, checked_rate
 from minilora.report.markup import Child, Markup, table, tag
-from minilora.report.parts import figure, legend, percent
+from minilora.report.parts import figure, percent
 from minilora.report.runfiles import finite
 from minilora.report.svg import Frame, linear_axis
 
-KINDS = {"region": "another region of the body", "side": "the other side", "modality": "another modality",
+KINDS = {"region": "another region of the body", "extent": "more of the body, or less", "side": "the other side",
+         "modality": "another modality",
          "contrast given": "contrast given where none belongs", "contrast left out": "contrast left out",
          "contrast phases": "with, for with and without, or the reverse",
          "unsaid": "another protocol, in what names do not say", "no label": "no label of the set"}
@@ -110,12 +111,12 @@ def others_section(found: Held) -> Markup | None:
         low, high = it.interval
         rows.append([name, percent(it.other), f"{100 * it.difference:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
                      f"{it.only_ours:,}", f"{it.only_other:,}", p_text(it.p_value), it.verdict()])
-    head = ["against", "exact match", "difference", "95%", "only the model", "only the other", "p", "the model is"]
+    head = ["against", "exact match", "difference", "95%", "only model", "only other", "p", "the model is"]
     said = ("Difference in points of exact match, on the same rows. Only rows that one of the two has right alone can tell "
             "them apart; p is that of McNemar's exact test: how often a fair coin would be as one-sided. It counts rows and no "
             "training run: another seed may differ by as much.")
     return tag("section", tag("h2", "Is it better than something simpler?"), _verdict(found.comparisons.get(BAG_OF_WORDS)),
-               table(head, rows, numbers=range(1, 7), class_="dense"), tag("p", said, class_="quiet"))
+               table(head, rows, numbers=range(1, 7), class_="dense others"), tag("p", said, class_="quiet"))
 
 
 def _verdict(it: Comparison | None) -> Markup | None:
@@ -124,10 +125,11 @@ def _verdict(it: Comparison | None) -> Markup | None:
         return None
     method = "a bag of words (TF-IDF and logistic regression on the same training table)"
     if it.verdict() == "better":
-        return tag("p", f"Yes: the model is right in {percent(it.exact_match)} of the rows, {method} in {percent(it.other)}.")
+        return tag("p", f"Yes: the model is right in {percent(it.exact_match)} of the rows, {method} in {percent(it.other)} "
+                        f"({p_said(it.p_value)}).")
     how = "does worse than" if it.verdict() == "worse" else "could not be told from"
     return tag("p", f"No. The model {how} {method}: right in {percent(it.exact_match)} against {percent(it.other)} of the "
-                    "rows. On these notes the simpler method is the better choice.", class_="notice")
+                    f"rows ({p_said(it.p_value)}). On these notes the simpler method is the better choice.", class_="notice")
 
 
 def said_of_rows(found: Held) -> list[Child]:
@@ -168,8 +170,8 @@ def cosine_figure(found: Held) -> Markup | None:
         return None
     said = (f"{total:,} wrong answers; {close:,} of them ({percent(close / total, 0)}) have a cosine of 0.9 or more. A right "
             "answer has 1.")
-    return figure("How close wrong answers read", frame.draw("Wrong answers by cosine", *bars), said,
-                  legend([("gap", "wrong answers")]))
+    drawn = figure("How close wrong answers read", frame.draw("Wrong answers by cosine", *bars), said)
+    return tag("div", drawn, class_="single")
 
 
 def costs_table(found: Held) -> list[Child] | None:
