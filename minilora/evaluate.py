@@ -57,6 +57,7 @@ RUNNER_UP = ("runner_up", "runner_up_probability")
 
 __all__ = ["OTHER", "Baseline", "Evaluation", "evaluate", "format_table", "save_evaluation"]
 
+
 def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Embedder,
              probabilities: Sequence[float] | None = None, seed: int = 0, resamples: int = 1000,
              labels: Sequence[str] = (), ranked: Sequence[Sequence[str]] | None = None,
@@ -111,32 +112,38 @@ def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Em
                    for name, answers in zip(others, more, strict=True)}
     rows = [LabelRow(names[k], int(rates.n[k]), int(rates.predicted[k]), float(rates.precision[k]),
                      float(rates.recall[k]), float(rates.f1[k]), float(rates.cosine[k])) for k in known]
-    mean_probability, error, bins, points = None, None, list[ReliabilityBin](), list[CoveragePoint]()
-    if probabilities is not None:
-        given = np.asarray(probabilities, dtype=np.float64)
-        # Trap: NaN fails every comparison, so ask for what must hold. The exp of a rounded log may exceed 1.
-        if not ((given >= 0) & (given <= 1 + 1e-5)).all():
-            raise DataError("a probability is not between 0 and 1; give probabilities, not logits or percentages")
-        given = given.clip(0, 1)
-        mean_probability, error = float(given.mean()), calibration_error(given, right)
-        found, curve = reliability(given, right), coverage(given, right)
-        bins = [ReliabilityBin(*values) for values in
-                zip(found.n.tolist(), found.probability.tolist(), found.accuracy.tolist(), strict=True)]
-        points = [CoveragePoint(float(curve.threshold[at]), float(curve.share[at]), float(curve.accuracy[at]))
-                  for at in picked(curve)]
+    given = _probabilities(probabilities) if probabilities is not None else None
+    bins, points = _curves(given, right) if given is not None else ([], [])
     allowed = {normalize_label(label) for label in labels}
     shown = {code for code, name in enumerate(names) if normalize_label(name) in allowed}.union(known)
     outside = int(pairs.count[~np.isin(pairs.prediction, known)].sum())
     rows_by_cosine, wrong_by_cosine = cosine_histogram(pairs)
     return Evaluation(n, scores["exact_match"], scores["macro_f1"], weighted_f1(rates), scores["cosine"], intervals, baselines,
                       per_label=rows, close_pairs=close_pairs(known, names, vectors, pairs, LISTED),
-                      confusions=_confusions(pairs, names, shown), outside=outside, mean_probability=mean_probability,
-                      calibration_error=error, seed=seed, resamples=resamples,
-                      clinical=weigh_errors(pairs, names, shown, rng, resamples),
+                      confusions=_confusions(pairs, names, shown), outside=outside,
+                      mean_probability=float(given.mean()) if given is not None else None,
+                      calibration_error=calibration_error(given, right) if given is not None else None, seed=seed,
+                      resamples=resamples, clinical=weigh_errors(pairs, names, shown, rng, resamples),
                       cosine_histogram=CosineHistogram(rows_by_cosine.tolist(), wrong_by_cosine.tolist()),
                       confusion_matrix=_confusion_matrix(pairs, names, shown),
                       top_k=top_k(ranked, references) if ranked is not None else {}, reliability=bins, coverage=points,
                       comparisons=comparisons, near_duplicates=_near_duplicates(twins, right) if twins is not None else None)
+
+
+def _probabilities(values: Sequence[float]) -> Floats:
+    given = np.asarray(values, dtype=np.float64)
+    # Trap: NaN fails every comparison, so ask for what must hold. The exp of a rounded log may exceed 1.
+    if not ((given >= 0) & (given <= 1 + 1e-5)).all():
+        raise DataError("a probability is not between 0 and 1; give probabilities, not logits or percentages")
+    return np.asarray(given.clip(0, 1))
+
+
+def _curves(given: Floats, right: NDArray[np.bool_]) -> tuple[list[ReliabilityBin], list[CoveragePoint]]:
+    """The reliability curve, and the points of the coverage curve that a table shows."""
+    found, curve = reliability(given, right), coverage(given, right)
+    columns = (found.n.tolist(), found.probability.tolist(), found.accuracy.tolist())
+    return [ReliabilityBin(*values) for values in zip(*columns, strict=True)], [
+        CoveragePoint(float(curve.threshold[at]), float(curve.share[at]), float(curve.accuracy[at])) for at in picked(curve)]
 
 
 def _confusion_matrix(pairs: Pairs, names: list[str], shown: set[int]) -> ConfusionMatrix:

@@ -19,7 +19,7 @@ from minilora.config import read_toml
 from minilora.data.tables import Row, Table, added_columns, iter_table, read_table
 from minilora.duplicates import Twins, find_twins
 from minilora.embed import Embedder, embed_texts
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, MiniloraError
 from minilora.evaluate import RUNNER_UP, Evaluation, evaluate, save_evaluation
 from minilora.evaluation import Scored
 from minilora.files import check_output, new_folder
@@ -92,7 +92,7 @@ def training_table(run: str | Path) -> tuple[Path, str, str] | None:
         config, card = read_toml(folder / "config.toml"), (folder / "README.md").read_text(encoding="utf-8")
         data = Path(str(config["data"]))
         same = data.is_file() and file_sha256(data) in card
-    except Exception:                           # an adapter of another tool, or a card that somebody rewrote
+    except (MiniloraError, OSError, KeyError, ValueError):      # another tool's adapter, or a card that somebody rewrote
         return None
     return (data, str(config.get("input_column", "input")), str(config.get("label_column", "label"))) if same else None
 
