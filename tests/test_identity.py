@@ -33,3 +33,7 @@ def test_names_shapes_and_types_count() -> None:
     wide = nn.Linear(8, 2, bias=False)
     nn.init.zeros_(wide.weight)
     assert len({fingerprint(bare), fingerprint(wide), fingerprint(nn.Sequential(bare)), fingerprint(bare.bfloat16())}) == 4
+    floats, whole = nn.Module(), nn.Module()
+    floats.register_buffer("x", torch.zeros(4))
+    whole.register_buffer("x", torch.zeros(4, dtype=torch.int32))
+    assert fingerprint(floats) != fingerprint(whole), "the same bytes"

@@ -184,6 +184,19 @@ def test_answers_of_another_model_or_other_settings_are_not_mixed_in(world: Path
     assert journal_path(out).exists() and not out.exists()
 
 
+def test_what_comes_after_a_changed_chunk_is_forgotten(tmp_path: Path) -> None:
+    out, long = tmp_path / "out.csv", "a label of some length"
+    with pytest.raises(KeyboardInterrupt), Journal(out, "model", resume=False) as journal:
+        for note in "abc":
+            journal.record([note], [[long]])
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Journal(out, "model", resume=True) as journal:
+        assert journal.recorded(["a"]) == [[long]] and journal.recorded(["changed"]) is None and journal.rows == 1
+        journal.record(["changed"], [["CT"]])
+        raise KeyboardInterrupt
+    assert [json.loads(line).get("answers") for line in journal_path(out).read_text().splitlines()] == [None, [[long]], [["CT"]]]
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     with Journal(out, "model", resume=False) as late, Journal(out, "model", resume=False) as journal:
