@@ -249,7 +249,8 @@ def test_scores_stand_in_it_with_their_intervals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("wrong", "every", "says"), [
     (20, 2, "Yes: the model is right in 95.0% of the rows, a bag of words"),
     (2, 20, "No. The model does worse than a bag of words"),
-    (4, 4, "No. The model could not be told from a bag of words"), (10, 8, "No. The model could not be told from a bag of words")])
+    (4, 4, "No. The model could not be told from a bag of words"),
+    (10, 8, "No. The model could not be told from a bag of words")])
 def test_it_says_whether_a_bag_of_words_is_beaten(wrong: int, every: int, says: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write_scores(run / "evaluation", wrong=wrong, others={BAG_OF_WORDS: every})

@@ -194,7 +194,8 @@ def test_what_comes_after_a_changed_chunk_is_forgotten(tmp_path: Path) -> None:
         assert journal.recorded(["a"]) == [[long]] and journal.recorded(["changed"]) is None and journal.rows == 1
         journal.record(["changed"], [["CT"]])
         raise KeyboardInterrupt
-    assert [json.loads(line).get("answers") for line in journal_path(out).read_text().splitlines()] == [None, [[long]], [["CT"]]]
+    lines = journal_path(out).read_text().splitlines()
+    assert [json.loads(line).get("answers") for line in lines] == [None, [[long]], [["CT"]]]
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
