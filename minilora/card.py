@@ -146,8 +146,11 @@ def record_scores(run: str | Path, data: str | Path, evaluation: Evaluation, fre
     for key in ("exact_match", "macro_f1", "cosine"):
         low, high = evaluation.intervals[key]
         scores.append(f"{getattr(evaluation, key):.3f} [{low:.3f}, {high:.3f}]")
+    if evaluation.scored is not None and evaluation.scored.embedder != "base":
+        scores[-1] += f" ({evaluation.scored.embedder})"
     rows.append(f"{name} {evaluation.n:,} | {'written freely' if free else 'chosen among labels'} | {' | '.join(scores)} |")
-    section = ("## Scores\n\nWith 95 % intervals over the notes; cosine is that of the base model's own embeddings.\n\n"
+    section = ("## Scores\n\nWith 95 % intervals over the notes; cosine is that of the base model's own embeddings where "
+               "no other is named.\n\n"
                "| SHA-256 of the table | notes | answers | exact match | macro F1 | cosine |\n"
                "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n")
     text = SCORES.sub("", text)

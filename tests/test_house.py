@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "minilora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("kernels", "quant", "layers", "llama", "optim", "data")     # each imports from those before it
 FOUNDATION = ("errors", "files")                                      # modules that any room but kernels may use
-PEERS = ("bitsandbytes", "peft", "transformers", "sentencepiece", "accelerate")
+PEERS = ("bitsandbytes", "peft", "transformers", "sentencepiece", "accelerate", "sentence_transformers")
 LONGEST = 330
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
