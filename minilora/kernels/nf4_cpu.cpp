@@ -2,7 +2,7 @@
 //
 // y = x Wᵀ + bias, and W never lies in memory: weights live in registers, or for some microseconds in L2.
 //
-// The idea of all three files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
+// The idea of all four files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
 // register, and looking sixteen weights up is one permutation of it (nf4_vectors.h; with smaller registers it is two or four).
 // Scaling the table once a block makes the lookups yield finished weights (nf4_blocks.h).
 //
@@ -12,7 +12,7 @@
 // 2 · COUNT weights make two registers, `even` (by the high nibbles) and `odd` (by the low ones).  Putting them in order would
 // cost more than looking them up, so x is split the same way instead, once a call (`arrange`).
 
-#include "nf4_blocks.h"
+#include "nf4_quantize.h"
 
 namespace {
 
@@ -274,6 +274,12 @@ int nf4_quantize(const void* x, int kind, int64_t n, const float* code, int64_t 
     if (kind == FLOAT32) return quantize_all<FLOAT32>(x, n, code, blocksize, absmax, packed, padding, threads);
     if (kind == BFLOAT16) return quantize_all<BFLOAT16>(x, n, code, blocksize, absmax, packed, padding, threads);
     return quantize_all<FLOAT16>(x, n, code, blocksize, absmax, packed, padding, threads);
+}
+
+// x (n) float32 -> absmax (blocks) and codes (n), indices into `code` (entries, sorted).  Returns as nf4_quantize.
+int nf4_quantize_bytes(const float* x, int64_t n, const float* code, int64_t entries, int64_t blocksize, float* absmax,
+                       uint8_t* codes, int threads) {
+    return quantize_bytes(x, n, Midpoints(code, entries), blocksize, absmax, codes, threads);
 }
 
 }  // extern "C"

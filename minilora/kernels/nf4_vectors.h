@@ -94,6 +94,25 @@ INLINE void store_bytes(uint8_t* to, Longs v) {
 #endif
 }
 
+INLINE void store_bytes(uint8_t* to, Words v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    UNROLL for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)v[i];
+#endif
+}
+
+// The largest of all lanes, none of them negative.
+INLINE uint32_t largest(Ints v) {
+#if defined(__AVX512F__)
+    return (uint32_t)_mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t found = 0;
+    UNROLL for (int i = 0; i < LANES; ++i) found = v[i] > found ? v[i] : found;
+    return (uint32_t)found;
+#endif
+}
+
 // Store a register at the start of a cache line, around the cache: a common store would first read the line it overwrites.
 // Others see such stores after `stores_are_seen`.
 INLINE void store_past_cache(void* to, Words v) {
@@ -127,6 +146,17 @@ INLINE Words lookup(const Table& table, Words index) {
 #else
     return Words{entry(table, index[0] & 15), entry(table, index[1] & 15), entry(table, index[2] & 15),
                  entry(table, index[3] & 15)};
+#endif
+}
+
+// table[index] in each place, from a table in memory.
+INLINE Floats gather(const float* table, Words index) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    return Floats{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 #endif
 }
 
