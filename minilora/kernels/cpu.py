@@ -129,7 +129,7 @@ class Kernel:
         """
         n = x_n.numel()
         blocksize = min(blocksize, n)
-        packed = torch.zeros((n + 1) // 2, dtype=torch.uint8)
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty(-(-n // blocksize))
         finite = self._quantize(_address(x_n, x_n.dtype), KINDS[x_n.dtype], n, _address(code, torch.float32), blocksize,
                                 absmax.data_ptr(), packed.data_ptr(), padding, torch.get_num_threads())
