@@ -242,6 +242,30 @@ INLINE float total(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 INLINE float total(Eight v) { return total(add_halves<Four>(v)); }
 INLINE float total(Sixteen v) { return total(add_halves<Eight>(v)); }
 
+// The same sums of sixteen registers at once, each halving shared by two of them: 45 instructions in place of 160.
+#if defined(__AVX512F__)
+INLINE void add_totals(const Floats* v, float* to) {
+    __m512 sum[16];
+    UNROLL for (int i = 0; i < 16; ++i) sum[i] = (__m512)v[i % 4 * 4 + i / 4];      // so that the order at the end is that of v
+    UNROLL for (int i = 0; i < 8; ++i)
+        sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x44) + _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xee);
+    UNROLL for (int i = 0; i < 4; ++i)
+        sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xdd);
+    UNROLL for (int i = 0; i < 2; ++i)
+        sum[i] = _mm512_shuffle_ps(sum[2 * i], sum[2 * i + 1], 0x44) + _mm512_shuffle_ps(sum[2 * i], sum[2 * i + 1], 0xee);
+    _mm512_storeu_ps(to, _mm512_shuffle_ps(sum[0], sum[1], 0x88) + _mm512_shuffle_ps(sum[0], sum[1], 0xdd));
+}
+#endif
+
+// Of COUNT registers to as many numbers.
+template <int COUNT> INLINE void totals(const Floats* v, float* to) {
+    int i = 0;
+#if defined(__AVX512F__)
+    UNROLL for (; i + 16 <= COUNT; i += 16) add_totals(v + i, to + i);
+#endif
+    UNROLL for (; i < COUNT; ++i) to[i] = total(v[i]);
+}
+
 // ------------------------------------------------------------------------------------------------------------- 16-bit floats
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };           // the numbers that cpu.py passes
