@@ -4,15 +4,18 @@
     header       JSON: {"key": {"dtype": "BF16", "shape": [out, in], "data_offsets": [from, to]}, ...}, padded with spaces
     data         the tensors' bytes
 
-The library checks the header (sizes, overlaps, a file cut short); the data is read with plain `readinto`, because a
-memory map counts every page it touched as this process's memory, and a 13 GB checkpoint must pass through a few MB.
-Writing is streamed for the same reason: the library's `save_file` wants all tensors at once.
+The library checks the header (sizes, overlaps, a file cut short).  Data that is kept is read into memory of its own; data that
+is only looked at once, to be quantized or converted, is mapped, a tensor at a time: a map of the whole file would count every
+page it touched as this process's memory, and a 13 GB checkpoint must pass through a few MB.  Writing is streamed for the same
+reason: the library's `save_file` wants all tensors at once.
 
 Source: the format's description at github.com/huggingface/safetensors.
 """
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, OutputError
 from minilora.files import atomic_path
+from minilora.llama.mapped import read_early
 from minilora.llama.strict_json import parse_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -69,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: not a whole safetensors file, probably a download cut short ({detail}); fetch it "
                               "again") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise _unreadable(path, error) from error
     entries = {}
     for key, value in header.items():
         if len(key) > LONGEST_KEY:
@@ -83,18 +87,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
-    """Read one tensor.
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor into memory of its own.
 
-    Args:
-        entry: from `read_header`. buffer: (at least nbytes,) uint8 to read into; default a new one.
-
-    Returns: a tensor of the entry's shape and dtype; with `buffer`, a view of it.
+    Args: entry: from `read_header`.
+    Returns: a tensor of the entry's shape and dtype.
     Raises: CheckpointError: a type this loader cannot read, or the file shrank since its header was read.
     """
-    if entry.dtype is None:
-        raise CheckpointError(f"{entry.file}: {entry.key} has type {entry.dtype_name}, which this loader cannot read")
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8) if buffer is None else buffer[:entry.nbytes]
+    dtype = _known_type(entry)
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     view = raw.numpy().data
     try:
         with entry.file.open("rb", buffering=0) as file:
@@ -103,11 +104,49 @@ def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
             while done < entry.nbytes:              # Trap: one read call returns 2 GiB at most
                 count = file.readinto(view[done:])
                 if not count:
-                    raise CheckpointError(f"{entry.file}: ends inside {entry.key}; it changed while it was read")
+                    raise _cut_short(entry)
                 done += count
     except OSError as error:
-        raise CheckpointError(f"{entry.file}: cannot be read ({error.strerror or error})") from error
-    return raw.view(entry.dtype).view(entry.shape)
+        raise _unreadable(entry.file, error) from error
+    return raw.view(dtype).view(entry.shape)
+
+
+def map_tensor(entry: TensorEntry) -> Tensor:
+    """One tensor as it lies in its file, mapped; its bytes are on their way into memory (`mapped` says why).
+
+    Returns: a tensor of the entry's shape and dtype; its pages are let go with it, and writing to it leaves the file alone.
+    Raises: CheckpointError: as `read_tensor`.  Trap: behind that, a disk that fails ends the process.
+    """
+    dtype = _known_type(entry)
+    if not entry.nbytes or entry.start % dtype.itemsize:            # nothing, or numbers that would lie across words
+        return read_tensor(entry)
+    before = entry.start % mmap.ALLOCATIONGRANULARITY               # where a map may start
+    try:
+        with entry.file.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), before + entry.nbytes, access=mmap.ACCESS_COPY, offset=entry.start - before)
+        raw = torch.frombuffer(pages, dtype=torch.uint8, offset=before)
+    except ValueError as error:                                     # mmap: longer than the file
+        raise _cut_short(entry) from error
+    except OSError as error:
+        if error.errno == errno.ENODEV:                             # a file system without maps
+            return read_tensor(entry)
+        raise _unreadable(entry.file, error) from error
+    read_early(raw)
+    return raw.view(dtype).view(entry.shape)
+
+
+def _known_type(entry: TensorEntry) -> torch.dtype:
+    if entry.dtype is None:
+        raise CheckpointError(f"{entry.file}: {entry.key} has type {entry.dtype_name}, which this loader cannot read")
+    return entry.dtype
+
+
+def _cut_short(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(f"{entry.file}: ends inside {entry.key}; it changed while it was read")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 @dataclass(frozen=True)

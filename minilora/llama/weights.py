@@ -8,12 +8,12 @@ takes memory.  The order of an index file means nothing: tensors are found by ke
 """
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import re
 import struct
 import zipfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError
-from minilora.llama.safetensors_file import LONGEST_KEY, TensorEntry, read_header, read_tensor
+from minilora.llama.mapped import let_go, read_early
+from minilora.llama.safetensors_file import LONGEST_KEY, TensorEntry, map_tensor, read_header, read_tensor
 from minilora.llama.strict_json import read_object
 
 KINDS = (("model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"),
@@ -89,17 +90,6 @@ def find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Path] | None]
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: holds an adapter and no model; pass it with --adapter and its base with --model")
     raise CheckpointError(f"{folder}: no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
-
-
-def _drop_pages(tensor: Tensor) -> None:
-    """Let go of a mapped file's pages once they were copied, so that the process's memory doesn't grow with the file."""
-    if os.name == "posix":
-        page, storage = os.sysconf("SC_PAGE_SIZE"), tensor.untyped_storage()
-        start = -(-storage.data_ptr() // page) * page
-        length = (storage.data_ptr() + storage.nbytes() - start) // page * page
-        madvise = getattr(ctypes.CDLL(None), "madvise", None)
-        if madvise is not None and length > 0:
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)     # 4: MADV_DONTNEED; a read brings the page back
 
 
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -172,7 +162,7 @@ class WeightFiles:
         self.source, files, index = find_weights(folder)
         self.entries: dict[str, TensorEntry] = {}
         self._bin: tuple[Path, dict[str, Tensor], bool] | None = None
-        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._lent: deque[Tensor] = deque()
         for file in files:
             for key, entry in (self._bin_header(file) if file.suffix == ".bin" else read_header(file)).items():
                 if key in self.entries:
@@ -198,39 +188,39 @@ class WeightFiles:
 
     def read(self, key: str) -> Tensor:
         """One tensor, in memory of its own."""
-        return self._read(self.entries[key], None)
+        entry = self.entries[key]
+        if entry.file.suffix != ".bin":
+            return read_tensor(entry)
+        lent = self.borrow(key)
+        kept = torch.empty(entry.nbytes, dtype=torch.uint8).view(lent.dtype).view(lent.shape)
+        if lent.is_contiguous():
+            # NumPy copies in this thread alone, and lets others run; torch's copy would take a team (see `ahead`).
+            kept.view(-1).view(torch.uint8).numpy()[:] = lent.view(-1).view(torch.uint8).numpy()
+        else:
+            kept.copy_(lent)
+        return kept
 
-    def borrow(self, key: str, buffer: int = 0) -> Tensor:
-        """One tensor, in one of two buffers, until that is borrowed again: for what is quantized and not kept.
+    def borrow(self, key: str) -> Tensor:
+        """One tensor as it lies in its file: for what is quantized or converted, and not kept.
 
-        Why: fresh memory is faulted in page by page, several times slower than a buffer that is used again.
+        It stays whole, but of a .bin file the pages of the last two alone are kept in memory.
         """
         entry = self.entries[key]
-        if self._buffers[buffer].numel() < entry.nbytes:
-            self._buffers[buffer] = torch.empty(0, dtype=torch.uint8)       # release the old one first
-            self._buffers[buffer] = torch.empty(entry.nbytes, dtype=torch.uint8)
-        return self._read(entry, self._buffers[buffer])
-
-    def _read(self, entry: TensorEntry, buffer: Tensor | None) -> Tensor:
         if entry.file.suffix != ".bin":
-            return read_tensor(entry, buffer)
-        tensor = self._open_bin(entry.file)[entry.key]
-        mapped = self._bin is not None and self._bin[2]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8) if buffer is None else buffer[:entry.nbytes]
-        result = raw.view(tensor.dtype).view(tensor.shape)
-        if tensor.is_contiguous():
-            # NumPy copies in this thread alone, and lets others run; torch's copy would take a team (see `ahead`).
-            raw.numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
-        else:
-            result.copy_(tensor)
-        if mapped:
-            _drop_pages(tensor)
-        return result
+            return map_tensor(entry)
+        tensor = self._open_bin(entry.file)[key]
+        if self._bin is not None and self._bin[2]:
+            if len(self._lent) == 2:
+                let_go(self._lent.popleft())
+            self._lent.append(tensor)
+            read_early(tensor)
+        return tensor
 
     def place(self, key: str) -> str:
         """`key` and its file, for an error message."""
         return f"{self.entries[key].file}: {key}"
 
     def close(self) -> None:
-        """Release the buffers and the open shard."""
-        self._bin, self._buffers = None, []
+        """Release the open shard."""
+        self._bin = None
+        self._lent.clear()
