@@ -21,6 +21,7 @@ from minilora.flags import (
     Parser,
     answer_flags,
     compare_flags,
+    course_flags,
     data_flags,
     memory_flags,
     model_flags,
@@ -126,6 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--table", metavar="FILE", help="write them there as a table in Markdown")
     sub.add_argument("--figure", metavar="FILE", help="draw there how a step's cost grows (PNG; extra [plots])")
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+    course_flags(command("lesson", _lesson, "run a lesson of the course: prose, code, what it prints, a picture"),
+                 command("check", _check, "grade what you wrote in lessons/exercises, and name the mistake"))
     return parser
 
 
@@ -253,6 +257,22 @@ def _bench(args: argparse.Namespace) -> None:
     missed = [row.name for row in rows if not row.ok]
     if missed:
         raise MiniloraError(f"below what is to be reached: {', '.join(missed)}")
+
+
+def _lesson(args: argparse.Namespace) -> None:
+    from minilora.course.lesson import find_lesson, list_lessons, run_lesson
+    if args.number is None:
+        print(list_lessons())
+    else:
+        run_lesson(find_lesson(args.number), ask=input if sys.stdin.isatty() and not args.no_pause else None)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from minilora.course.progress import format_standings, print_verdicts, standings
+    if args.all:
+        print(format_standings(standings()))
+    else:
+        print_verdicts(args.number, args.file)
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:

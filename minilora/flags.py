@@ -147,3 +147,13 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
                         help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def course_flags(lesson: argparse.ArgumentParser, check: argparse.ArgumentParser) -> None:
+    """Which lesson, and what to grade."""
+    lesson.add_argument("number", type=int, nargs="?", metavar="N", help="number of the lesson; without it, what there is")
+    lesson.add_argument("--no-pause", action="store_true", help="do not wait where a prediction is asked for")
+    what = check.add_mutually_exclusive_group(required=True)
+    what.add_argument("number", type=int, nargs="?", metavar="N", help="number of the exercise")
+    what.add_argument("--all", action="store_true", help="every exercise: how far you are in the course")
+    check.add_argument("--file", metavar="F", help="grade this file (default: lessons/exercises/NN.py)")
