@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minilora import task_commands
+from minilora import store_commands, task_commands
 from minilora.config import TrainConfig, read_toml
 from minilora.errors import ConfigError, MiniloraError, StoppedError, memory_reason
 from minilora.flags import (
+    STORE_FLAGS,
     Formatter,
     Parser,
     answer_flags,
@@ -28,6 +29,7 @@ from minilora.flags import (
     out_flags,
     predict_flags,
     score_flags,
+    store_flags,
     train_flags,
 )
 from minilora.stopping import terminated_cleanly
@@ -68,12 +70,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "fine-tune a 4-bit base with LoRA (or all weights) on a table of notes and labels")
     sub.add_argument("--config", help="TOML file with any of the settings below; flags win over it")
     train_flags(sub)
+    store_flags(sub)
+
+    sub = command("track", store_commands.track, "send a run folder to MLflow, and register its model: what train --mlflow does meanwhile")
+    sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
+    store_flags(sub)
 
     sub = command("evaluate", task_commands.evaluate, "score a model on a labelled table, with intervals")
     model_flags(sub)
     answer_flags(sub)
     score_flags(sub)
     out_flags(sub)
+    store_flags(sub, registers=False)
 
     compare_flags(command("compare", task_commands.compare,
                           "say whether one evaluation's answers are better than another's, or only luckier"))
@@ -156,9 +164,11 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from minilora.train import train
-    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "config")}
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "config", *STORE_FLAGS)}
     config = TrainConfig(**{**(read_toml(args.config) if args.config else {}), **given})
-    result = train(config)
+    with store_commands.followed(args, config.out):
+        result = train(config)
+    store_commands.register(args, config.out)
     if not config.quiet:
         print(f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}"
               + (f", validation {result.val_loss:.4f}" if result.val_loss is not None else "")

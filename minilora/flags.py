@@ -104,6 +104,9 @@ def predict_flags(parser: argparse.ArgumentParser) -> None:
                                       "runner_up_probability")
     parser.add_argument("--resume", action="store_true",
                         help="go on where an earlier prediction of --out was interrupted; the bytes are the same")
+    parser.add_argument("--spark", action="store_true",
+                        help="by PySpark on this machine (extra [spark], Java 17): --out is a folder of such tables")
+    parser.add_argument("--workers", type=int, metavar="N", help="Python processes of --spark (default: one a core)")
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +120,23 @@ def data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="whose tokens are counted (check)")
     parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens that training is to read (check)")
     parser.add_argument("--json", metavar="FILE", help="write what was found there as well (check)")
+
+
+STORE_FLAGS = ("mlflow", "experiment", "register", "alias", "registry")
+
+
+def store_flags(parser: argparse.ArgumentParser, registers: bool = True) -> None:
+    """Where runs are tracked and models registered."""
+    group = parser.add_argument_group("MLflow (extra [mlflow])")
+    group.add_argument("--mlflow", nargs="?", const="sqlite:///mlflow.db", metavar="URI",
+                       help="tracking store: without URI a file here, sqlite:///mlflow.db, and no server; http://HOST:PORT; "
+                            "databricks")
+    group.add_argument("--experiment", default="minilora", metavar="NAME", help="for runs that belong together")
+    if registers:
+        group.add_argument("--register", metavar="NAME",
+                           help="keep the model in the registry under this name (in Unity Catalog: catalog.schema.model)")
+        group.add_argument("--alias", metavar="NAME", help="of the version that is registered, such as champion")
+        group.add_argument("--registry", metavar="URI", help="the registry, where it is not the tracking store (databricks-uc)")
 
 
 def out_flags(parser: argparse.ArgumentParser) -> None:

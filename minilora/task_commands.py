@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError
+from minilora.store_commands import predict_by_spark, send_scores
 
 
 def check(args: argparse.Namespace) -> None:
@@ -44,6 +45,7 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
                              args.overwrite, args.quiet, beside)
     record_scores(args.adapter or args.model, args.data, evaluation, args.free)
+    send_scores(args)
     if not args.quiet:
         from minilora.evaluate import format_table
         print(format_table(evaluation))
@@ -70,6 +72,9 @@ def predict(args: argparse.Namespace) -> None:
         return
     if not args.out:
         raise ConfigError("--data needs --out: the table to write the predictions to")
+    if args.spark:
+        predict_by_spark(args)
+        return
     check_tables(args.data, args.out, args.input_column, args.overwrite, args.resume)     # before the model is loaded
     rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume)
     if not args.quiet:
