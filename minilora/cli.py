@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     train_flags(sub)
     store_flags(sub)
 
-    sub = command("track", store_commands.track, "send a run folder to MLflow, and register its model: what train --mlflow does meanwhile")
+    sub = command("track", store_commands.track,
+                  "send a run folder to MLflow, and register its model: what train --mlflow does meanwhile")
     sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
     store_flags(sub)
 
