@@ -156,13 +156,31 @@ def test_a_step_must_be_faster_and_take_less(monkeypatch: pytest.MonkeyPatch, ti
 
 def test_loading_must_fit_beside_the_model_and_decoding_must_not_be_slow_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "bytes_per_second", lambda how: 2e10)
-    for peak, ok in ((1_300_000_000, True), (1_500_000_000, False)):
+    for peak, reading, quantizing, ok in ((1_300_000_000, 0.1, 0.9, True), (1_300_000_000, 0.9, 0.1, True),
+                                          (1_500_000_000, 0.1, 0.9, False), (1_300_000_000, 0.8, 0.8, False)):
+        monkeypatch.setattr(models, "reading_seconds", lambda files, seconds=reading: seconds)
+        monkeypatch.setattr(models, "quantizing_seconds", lambda config, total, seconds=quantizing: seconds)
         both(monkeypatch, models, 1.0, 5.0, (peak, 4 * 10 ** 9))
-        assert [row.ok for row in models.loading(Settings(peers=True))] == [ok]
+        row, = models.loading(Settings(peers=True))
+        assert (row.ok, row.limit) == (ok, max(reading, quantizing))
     for first, expected in ((1.05, True), (1.3, False)):
         both(monkeypatch, models, 1.0, 2.5, (1, 1), first)
         assert [row.ok for row in models.decoding(Settings(peers=True))] == [expected] * 2
     assert models.read_a_token(models.shape_of("1.1b")) == pytest.approx(0.631e9, rel=0.01), "4 bits of 0.97e9, and the head"
+
+
+def test_loadings_limit_is_counted_for_the_bytes_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(models, "quantize_nf4", made.append)
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(models.time, "perf_counter", lambda: next(clock))
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * 96)                         # numbers of both blocks of SMALL
+    assert models.quantizing_seconds(SMALL, 3 * 2 * weights) == pytest.approx(6.0), "three times the bytes that took 2 s"
+    assert sum(weight.numel() for weight in made[1:]) == weights and {weight.dtype for weight in made} == {torch.bfloat16}
+    monkeypatch.undo()
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(3 * models.READ_BYTES // 2))
+    assert models.reading_seconds([tmp_path / "a", tmp_path / "b"]) > 0
 
 
 def test_rows_of_the_kernels_bear_the_promised_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Both sides read the same checkpoint, and a side's peak is that of its process fr
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from minilora.bench.rows import Row, Settings, Target
 from minilora.bench.sides import Taken, Task, ratio, take_turns
 from minilora.llama.config import LlamaConfig
 from minilora.memory import Workload, predict
+from minilora.quant.nf4 import quantize_nf4
 from minilora.shapes import shape_of, write_random_checkpoint
 
 LABEL_TOKENS, NEW_TOKENS = 16, 32
 MEMORY_SHARE = 1 / 0.45         # a step takes at most that share of the peers' memory
+LOADING_SHARE = 0.85            # of the speed of quantizing alone, or of reading alone
+READ_BYTES = 1 << 20            # at a time, of a file
 LOADING_BYTES = 600_000_000     # over the model itself: torch, Python, and what is on its way from the file
 
 
@@ -45,12 +49,41 @@ def row_of(name: str, task: Task, settings: Settings, rounds: int, least: float,
 
 
 def loading(settings: Settings) -> Iterator[Row]:
-    """1.1 billion weights, 2.2 GB in two files, read and quantized."""
+    """1.1 billion weights, 2.2 GB in three files, read and quantized.  The limit: quantizing as many bytes, or reading them."""
     path = checkpoint_of(shape_of("1.1b"), settings.folder)
-    row, ours = row_of("load_1b", Task("load", model=str(path)), settings, 3, 4.0, "transformers + bitsandbytes")
+    files = sorted(path.glob("*.safetensors"))
+    limit = max(reading_seconds(files), quantizing_seconds(shape_of("1.1b"), sum(file.stat().st_size for file in files)))
+    row, ours = row_of("load_1b", Task("load", model=str(path)), settings, 3, 4.0, "transformers + bitsandbytes", limit,
+                       "quantizing")
     parts = predict(shape_of("1.1b"), Workload("qlora"))
     room = (parts.weights + parts.absmax + LOADING_BYTES) / ours.peak_bytes
-    yield Row(**{**vars(row), "targets": (*row.targets, Target("of the model and 0.6 GB", room, 1.0))})
+    targets = Target("of quantizing", limit / ours.median, LOADING_SHARE), Target("of the model and 0.6 GB", room, 1.0)
+    yield Row(**{**vars(row), "targets": (*row.targets, *targets)})
+
+
+def reading_seconds(files: Sequence[Path]) -> float:
+    """Of reading files from where they are, the system's memory or the disk, without looking at what they hold."""
+    buffer = bytearray(READ_BYTES)
+    started = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def quantizing_seconds(config: LlamaConfig, total: int) -> float:
+    """Of making `total` bytes of 16-bit weights 4-bit ones that are kept, at the speed of the linears of all blocks.
+
+    The weights lie in memory already; the 4-bit ones are kept, so that their memory is new, as it is in loading.
+    """
+    shapes = config.linear_shapes().values()
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16() for shape in shapes]
+    quantize_nf4(weights[0])                    # a first call makes the library
+    started = time.perf_counter()
+    kept = [quantize_nf4(weight) for _ in range(config.num_hidden_layers) for weight in weights]
+    taken = time.perf_counter() - started
+    return total * taken / (len(kept) // len(weights) * sum(weight.nbytes for weight in weights))
 
 
 def steps(settings: Settings) -> Iterator[Row]:

@@ -76,6 +76,8 @@ class Kernel:
         self._product.restype = None
         self._quantize = library.nf4_quantize
         self._quantize.argtypes = [pointer, integer, number, pointer, number, pointer, pointer, integer, integer]
+        self._quantize_bytes = library.nf4_quantize_bytes
+        self._quantize_bytes.argtypes = [pointer, number, pointer, number, number, pointer, pointer, integer]
         library.nf4_machine.restype = ctypes.c_char_p
         self.machine: str = library.nf4_machine().decode()      # "AVX-512", "AVX2", "NEON", "plain C++"
         self.fused_rows = FUSED_ROWS.get(self.machine, FUSED_ROWS_ELSEWHERE)
@@ -127,11 +129,27 @@ class Kernel:
         """
         n = x_n.numel()
         blocksize = min(blocksize, n)
-        packed = torch.zeros((n + 1) // 2, dtype=torch.uint8)
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty(-(-n // blocksize))
         finite = self._quantize(_address(x_n, x_n.dtype), KINDS[x_n.dtype], n, _address(code, torch.float32), blocksize,
                                 absmax.data_ptr(), packed.data_ptr(), padding, torch.get_num_threads())
         return (packed, absmax) if finite else None
+
+    def quantize_bytes(self, x_n: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor] | None:
+        """Codes and block constants of a flat tensor, against a table of up to 256.
+
+        Args:
+            x_n: (n,) float32, contiguous. code: (K,) float32, sorted, K <= 256.
+
+        Returns: codes (n,) uint8 and absmax (blocks,) float32; None where x holds a NaN or an infinity.
+        Guarantee: the bits of `reference.quantize_blocks` (tests/kernels/test_equal_bits.py).
+        """
+        n = x_n.numel()
+        blocksize = min(blocksize, n)
+        codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(-(-n // blocksize))
+        finite = self._quantize_bytes(_address(x_n, torch.float32), n, _address(code, torch.float32), code.numel(), blocksize,
+                                      absmax.data_ptr(), codes.data_ptr(), torch.get_num_threads())
+        return (codes, absmax) if finite else None
 
     @staticmethod
     def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int) -> _Packed:

@@ -1,10 +1,9 @@
-// NF4's blocks: unpack them, and quantize to them, equal to reference.py to the bit.
+// NF4's blocks unpacked, equal to reference.py to the bit; and the threads that share such work.
 //
 //     weight[i] = code[nibble i] * absmax[i / blocksize]           packed[i / 2] holds two nibbles, the even i in the high one
 //
 // All weights of a block share absmax, so the table of sixteen is scaled (and rounded to 16 bits, if so wanted) once a block,
-// sixteen products in place of sixty-four, and holds the finished weights; quantizing walks a binary search over the fifteen
-// midpoints by the same lookups, four steps for a register of values.
+// sixteen products in place of sixty-four, and holds the finished weights.
 //
 // Trap: floating-point contraction must be off (-ffp-contract=off).  The reference rounds after the product and again after
 // the sum in `dynamic[code] * nested + offset`; a fused multiply-add there would be another absmax.
@@ -31,6 +30,20 @@ template <class Body> void parallel(int threads, int64_t count, Body body) {
     }
 #endif
     body((int64_t)0, count);
+}
+
+// Parts that threads take as they come: where one may be held up, as by a thread that reads ahead.  No part's result may depend
+// on another's.
+template <class Body> void deal(int threads, int64_t parts, Body body) {
+    if (threads > parts) threads = parts > 0 ? (int)parts : 1;
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (int64_t part = 0; part < parts; ++part) body(part);
+        return;
+    }
+#endif
+    for (int64_t part = 0; part < parts; ++part) body(part);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -155,77 +168,6 @@ template <int KIND> void unpack_all(const Packed& w, void* out, int threads) {
         unpack<KIND>(w, from * PART, smaller(to * PART, w.n), (T*)out + from * PART, past_cache);
         stores_are_seen();
     });
-}
-
-// ------------------------------------------------------------------------------------------------------------------- quantize
-
-// Count the midpoints below each value: the index of the nearest entry, a value on a midpoint staying with the lower one.
-INLINE Words nearest(Floats value, const Table& midpoints, float middle) {
-    Words index = (Words)(value > middle) & 8;
-    index += (Words)(value > (Floats)lookup(midpoints, index + 3)) & 4;
-    index += (Words)(value > (Floats)lookup(midpoints, index + 1)) & 2;
-    return index + ((Words)(value > (Floats)lookup(midpoints, index)) & 1);
-}
-
-template <int KIND> INLINE Floats load_some(const void* x, int64_t i, int64_t count) {      // zeros behind the last
-    const int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
-    char buffer[WIDTH] = {};
-    memcpy(buffer, (const char*)x + i * SIZE, count * SIZE);
-    return load_floats<KIND>(buffer, 0);
-}
-
-// Blocks that start with element `first`, an even one, and end before `last`; false where a number is not finite.
-template <int KIND> bool quantize(const void* x, int64_t first, int64_t last, const float* between, int64_t blocksize,
-                                  float* absmax, uint8_t* packed) {
-    const Table midpoints = load_table(between);
-    const float middle = between[7];
-    uint32_t worst = 0;
-    for (int64_t block = first / blocksize; first < last; ++block) {
-        int64_t stop = smaller(last, (block + 1) * blocksize), i = first;
-        // Without their signs float32 numbers are ordered as their bits are, with infinity and NaN on top.
-        Ints size = {};
-        for (; i < stop; i += LANES) {
-            Floats v = stop - i < LANES ? load_some<KIND>(x, i, stop - i) : load_floats<KIND>(x, i);
-            Ints bits = (Ints)v & 0x7fffffff;
-            size = bits > size ? bits : size;
-        }
-        uint32_t largest = 0, sizes[LANES];
-        store(sizes, size);
-        for (int lane = 0; lane < LANES; ++lane) largest = sizes[lane] > largest ? sizes[lane] : largest;
-        worst = largest > worst ? largest : worst;
-        memcpy(absmax + block, &largest, sizeof largest);
-        float scaled_by = absmax[block] > 1e-38f ? absmax[block] : 1e-38f;      // reference.SMALLEST_SCALED_ABSMAX
-        Floats inverse = Floats{} + 1 / scaled_by;
-        for (i = first; i < stop && i % 2; ++i)                                 // the block starts within a byte
-            packed[i / 2] |= (uint8_t)nearest(load_some<KIND>(x, i, 1) * inverse, midpoints, middle)[0];
-        for (; i < stop; i += LANES) {
-            bool full = stop - i >= LANES;
-            Floats value = full ? load_floats<KIND>(x, i) : load_some<KIND>(x, i, stop - i);
-            Words index = nearest(value * inverse, midpoints, middle);
-            Longs pairs = (Longs)index;                                         // low word: the even element's index
-            pairs = pairs << 4 | pairs >> 32;
-            if (full) store_bytes(packed + i / 2, pairs);
-            else
-                for (int64_t k = i; k < stop; k += 2)
-                    packed[k / 2] = (uint8_t)pairs[(k - i) / 2] & (k + 1 < stop ? 0xff : 0xf0);     // half a byte is not ours
-        }
-        first = stop;
-    }
-    return worst < 0x7f800000;
-}
-
-template <int KIND> bool quantize_all(const void* x, int64_t n, const float* code, int64_t blocksize, float* absmax,
-                                      uint8_t* packed, int padding, int threads) {
-    float between[16] = {};
-    for (int i = 0; i < 15; ++i) between[i] = (code[i + 1] + code[i]) / 2;
-    const int64_t part = 2 * blocksize * ceil_div(4096, 2 * blocksize);     // whole blocks and whole bytes
-    bool finite = true;
-    parallel(n < ALONE ? 1 : threads, ceil_div(n, part), [&](int64_t from, int64_t to) {
-        if (!quantize<KIND>(x, from * part, smaller(to * part, n), between, blocksize, absmax, packed))
-            __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-    });
-    if (n % 2) packed[n / 2] |= (uint8_t)padding;
-    return finite;
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // y = x Wᵀ + bias, and W never lies in memory: weights live in registers, or for some microseconds in L2.
 //
-// The idea of all three files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
+// The idea of all four files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
 // register, and looking sixteen weights up is one permutation of it (nf4_vectors.h; with smaller registers it is two or four).
 // Scaling the table once a block makes the lookups yield finished weights (nf4_blocks.h).
 //
@@ -12,13 +12,14 @@
 // 2 · COUNT weights make two registers, `even` (by the high nibbles) and `odd` (by the low ones).  Putting them in order would
 // cost more than looking them up, so x is split the same way instead, once a call (`arrange`).
 
-#include "nf4_blocks.h"
+#include "nf4_quantize.h"
 
 namespace {
 
 struct Singles {
     typedef float type;
     static const int COUNT = LANES;
+    static const bool KEPT_PAYS = false;                        // to read weights again takes longer than to look them up again
     static INLINE Table table(const Table& code, float absmax) { return scaled_table<FLOAT32>(code, absmax); }
     static INLINE void weights(const Table& table, const uint8_t* from, Words& even, Words& odd) {
         lookup_bytes(table, from, even, odd);
@@ -32,6 +33,7 @@ struct Singles {
 struct ShortSingles {
     typedef uint16_t type;
     static const int COUNT = 32;
+    static const bool KEPT_PAYS = true;                         // for sixteen rows a fifth of the time
     static INLINE Table table(const Table& code, float absmax) {
         __m512 table = (__m512)((Floats)code.part[0] * absmax);
         return Table{{(Words)_mm512_cvtne2ps_pbh(table, table)}};   // twice: an index has five bits here
@@ -109,14 +111,22 @@ template <int KIND> void store_sums(const Product& p, const float* sums, int64_t
         }
 }
 
-// Few rows: a weight meets all of them straight from the register it was looked up in.  W_ROWS rows of W share each load of x.
-template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int64_t row, const typename E::type* x,
-                                                           float* absmax, float* sums) {
-    const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2, ahead = W_ROWS * p.in / 2;
+// Bytes of packed weights that are asked for before they are needed, beyond the next rows: into L2, since L1 is x's.  Measured
+// from DRAM: each line asked for where its own row is read, into L1, takes a fifth to a third longer.
+const int64_t AHEAD = 4096;
+
+// Few rows: a weight meets ROWS of them straight from the register it was looked up in.  W_ROWS rows of W share each load of x.
+// Where there are more than ROWS, the next ones meet it from `kept`, which is small enough to stay in the first caches, or in a
+// register again.
+enum Weights { USED_ONCE, KEPT, USED_AGAIN };
+
+template <class E, int W_ROWS, int ROWS, Weights WEIGHTS>
+void multiply_few(const Product& p, int64_t row, const typename E::type* x, float* absmax, char* kept, float* sums) {
+    const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2;
     int64_t w_rows = smaller(W_ROWS, p.out - row);
     const Table code = load_table(p.w.code);
-    Floats sum[W_ROWS][ROWS] = {};
-    decode_absmax(p.w, row * blocks, w_rows * blocks, absmax);
+    Floats sum[W_ROWS * ROWS] = {};
+    if (WEIGHTS != USED_AGAIN) decode_absmax(p.w, row * blocks, w_rows * blocks, absmax);
     const uint8_t* packed[W_ROWS];
     const float* constants[W_ROWS];
     UNROLL for (int n = 0; n < W_ROWS; ++n) {       // past the matrix's last row the last one is computed again, and dropped
@@ -124,24 +134,51 @@ template <class E, int W_ROWS, int ROWS> void multiply_few(const Product& p, int
         packed[n] = p.w.packed + (row + real) * p.in / 2;
         constants[n] = absmax + real * blocks;
     }
+    const uint8_t* ahead = p.w.packed + (row + W_ROWS) * p.in / 2 + AHEAD;      // read in order, though W_ROWS streams use it
     for (int64_t b = 0; b < blocks; ++b) {
         Table table[W_ROWS];
-        UNROLL for (int n = 0; n < W_ROWS; ++n) table[n] = E::table(code, constants[n][b]);
+        if (WEIGHTS != USED_AGAIN) {
+            for (const uint8_t* stop = ahead + W_ROWS * bytes; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+            UNROLL for (int n = 0; n < W_ROWS; ++n) table[n] = E::table(code, constants[n][b]);
+        }
         for (int64_t at = b * bytes; at < (b + 1) * bytes; at += E::COUNT) {
             const typename E::type* pieces = x + 2 * at * ROWS;
-            UNROLL for (int n = 0; n < W_ROWS; ++n) {
-                Words even, odd;
-                E::weights(table[n], packed[n] + at, even, odd);
-                __builtin_prefetch(packed[n] + at + ahead);                     // the next W_ROWS rows, in time for them
-                UNROLL for (int r = 0; r < ROWS; ++r) {
-                    sum[n][r] = E::step(sum[n][r], even, load<Words>(pieces + r * E::COUNT));
-                    sum[n][r] = E::step(sum[n][r], odd, load<Words>(pieces + (ROWS + r) * E::COUNT));
+            if (WEIGHTS == USED_ONCE) {
+                UNROLL for (int n = 0; n < W_ROWS; ++n) {
+                    Words even, odd;
+                    E::weights(table[n], packed[n] + at, even, odd);
+                    UNROLL for (int r = 0; r < ROWS; ++r) {
+                        Floats& place = sum[n * ROWS + r];
+                        place = E::step(place, even, load<Words>(pieces + r * E::COUNT));
+                        place = E::step(place, odd, load<Words>(pieces + (ROWS + r) * E::COUNT));
+                    }
                 }
+                continue;
+            }
+            Words even[W_ROWS], odd[W_ROWS];
+            UNROLL for (int n = 0; n < W_ROWS; ++n) {
+                char* place = kept + 2 * n * WIDTH;
+                if (WEIGHTS == KEPT) {
+                    E::weights(table[n], packed[n] + at, even[n], odd[n]);
+                    store(place, even[n]);
+                    store(place + WIDTH, odd[n]);
+                } else {
+                    even[n] = load<Words>(place);
+                    odd[n] = load<Words>(place + WIDTH);
+                }
+            }
+            kept += 2 * W_ROWS * WIDTH;
+            UNROLL for (int r = 0; r < ROWS; ++r) {
+                Words piece = load<Words>(pieces + r * E::COUNT);
+                UNROLL for (int n = 0; n < W_ROWS; ++n) sum[n * ROWS + r] = E::step(sum[n * ROWS + r], even[n], piece);
+            }
+            UNROLL for (int r = 0; r < ROWS; ++r) {
+                Words piece = load<Words>(pieces + (ROWS + r) * E::COUNT);
+                UNROLL for (int n = 0; n < W_ROWS; ++n) sum[n * ROWS + r] = E::step(sum[n * ROWS + r], odd[n], piece);
             }
         }
     }
-    UNROLL for (int n = 0; n < W_ROWS; ++n)
-        UNROLL for (int r = 0; r < ROWS; ++r) sums[n * ROWS + r] = total(sum[n][r]);
+    totals<W_ROWS * ROWS>(sum, sums);
 }
 
 template <int KIND, int W_ROWS, int ROWS> void few(const Product& p) {
@@ -151,10 +188,13 @@ template <int KIND, int W_ROWS, int ROWS> void few(const Product& p) {
     for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * ROWS, ROWS, true, x.data + i * panel);
     parallel(p.threads, ceil_div(p.out, W_ROWS), [&](int64_t from, int64_t to) {
         Scratch<float> absmax(W_ROWS * (p.in / p.w.blocksize));
+        Scratch<typename E::type> kept(panels > 1 && E::KEPT_PAYS ? W_ROWS * p.in : 0);
         float sums[W_ROWS * ROWS];
         for (int64_t row = from * W_ROWS; row < smaller(to * W_ROWS, p.out); row += W_ROWS)
             for (int64_t i = 0; i < panels; ++i) {
-                multiply_few<E, W_ROWS, ROWS>(p, row, x.data + i * panel, absmax.data, sums);
+                auto multiply = panels == 1 || !E::KEPT_PAYS ? multiply_few<E, W_ROWS, ROWS, USED_ONCE>
+                    : i == 0 ? multiply_few<E, W_ROWS, ROWS, KEPT> : multiply_few<E, W_ROWS, ROWS, USED_AGAIN>;
+                multiply(p, row, x.data + i * panel, absmax.data, (char*)kept.data, sums);
                 store_sums<KIND>(p, sums, row, W_ROWS, i * ROWS, ROWS);
             }
     });
@@ -170,17 +210,16 @@ const int PANEL = 3, TILE = 4;                      // 12 in 16
 
 template <class E, int ROWS> void multiply_tile(const char* tile, int64_t stride, const typename E::type* x, int64_t registers,
                                                 float* sums) {
-    Floats sum[TILE][ROWS] = {};
+    Floats sum[TILE * ROWS] = {};
     for (int64_t s = 0; s < registers; ++s) {
         Words weight[TILE];
         UNROLL for (int n = 0; n < TILE; ++n) weight[n] = load<Words>(tile + n * stride + WIDTH * s);
         UNROLL for (int r = 0; r < ROWS; ++r) {
             Words piece = load<Words>(x + (s * ROWS + r) * E::COUNT);
-            UNROLL for (int n = 0; n < TILE; ++n) sum[n][r] = E::step(sum[n][r], weight[n], piece);
+            UNROLL for (int n = 0; n < TILE; ++n) sum[n * ROWS + r] = E::step(sum[n * ROWS + r], weight[n], piece);
         }
     }
-    UNROLL for (int n = 0; n < TILE; ++n)
-        UNROLL for (int r = 0; r < ROWS; ++r) sums[n * ROWS + r] = total(sum[n][r]);
+    totals<TILE * ROWS>(sum, sums);
 }
 
 // Weights first … last in the type they are multiplied in: as they are, or bfloat16 widened to float32.
@@ -217,21 +256,22 @@ template <int KIND> void many(const Product& p) {
     });
 }
 
-// With one or two rows of x memory is the bound, and the more rows of W are read at once, the better it is used.
+// Rows of W that are read at once, for one row of x, two, four and eight.  With one row memory is the bound, and the more streams,
+// the better it is used; with more what fits the registers.
 #if defined(__AVX512F__)
-const int STREAMS = 12, PAIR = 2;                   // measured from DRAM: 8 take 4 to 8 % longer; 14 and 16 gain nothing
+const int FOR_ONE = 12, FOR_TWO = 8, FOR_FOUR = 4, FOR_EIGHT = 2;
 #else
-const int STREAMS = 4, PAIR = 1;                    // sums, tables, and a register of even and of odd weights are 16 or fewer
-#endif
+const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tables, and a register of even and of odd weights
+#endif                                                              // are 16 or fewer
 
 template <int KIND> void product(const Product& p) {
     const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows are whole blocks, and these registers
     if (!whole || p.rows > 16) many<KIND>(p);
-    else if (p.rows == 1) few<KIND, STREAMS, 1>(p);
-    else if (p.rows == 2) few<KIND, STREAMS, 2>(p);
-    else if (p.rows <= 4) few<KIND, 2 * PAIR, 4>(p);
-    else few<KIND, PAIR, 8>(p);
+    else if (p.rows == 1) few<KIND, FOR_ONE, 1>(p);
+    else if (p.rows == 2) few<KIND, FOR_TWO, 2>(p);
+    else if (p.rows <= 4 || Multiplied<KIND>::type::KEPT_PAYS) few<KIND, FOR_FOUR, 4>(p);
+    else few<KIND, FOR_EIGHT, 8>(p);
 }
 
 }  // namespace
@@ -274,6 +314,12 @@ int nf4_quantize(const void* x, int kind, int64_t n, const float* code, int64_t 
     if (kind == FLOAT32) return quantize_all<FLOAT32>(x, n, code, blocksize, absmax, packed, padding, threads);
     if (kind == BFLOAT16) return quantize_all<BFLOAT16>(x, n, code, blocksize, absmax, packed, padding, threads);
     return quantize_all<FLOAT16>(x, n, code, blocksize, absmax, packed, padding, threads);
+}
+
+// x (n) float32 -> absmax (blocks) and codes (n), indices into `code` (entries, sorted).  Returns as nf4_quantize.
+int nf4_quantize_bytes(const float* x, int64_t n, const float* code, int64_t entries, int64_t blocksize, float* absmax,
+                       uint8_t* codes, int threads) {
+    return quantize_bytes(x, n, Midpoints(code, entries), blocksize, absmax, codes, threads);
 }
 
 }  // extern "C"

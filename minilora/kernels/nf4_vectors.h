@@ -94,6 +94,25 @@ INLINE void store_bytes(uint8_t* to, Longs v) {
 #endif
 }
 
+INLINE void store_bytes(uint8_t* to, Words v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    UNROLL for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)v[i];
+#endif
+}
+
+// The largest of all lanes, none of them negative.
+INLINE uint32_t largest(Ints v) {
+#if defined(__AVX512F__)
+    return (uint32_t)_mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t found = 0;
+    UNROLL for (int i = 0; i < LANES; ++i) found = v[i] > found ? v[i] : found;
+    return (uint32_t)found;
+#endif
+}
+
 // Store a register at the start of a cache line, around the cache: a common store would first read the line it overwrites.
 // Others see such stores after `stores_are_seen`.
 INLINE void store_past_cache(void* to, Words v) {
@@ -127,6 +146,17 @@ INLINE Words lookup(const Table& table, Words index) {
 #else
     return Words{entry(table, index[0] & 15), entry(table, index[1] & 15), entry(table, index[2] & 15),
                  entry(table, index[3] & 15)};
+#endif
+}
+
+// table[index] in each place, from a table in memory.
+INLINE Floats gather(const float* table, Words index) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    return Floats{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 #endif
 }
 
@@ -211,6 +241,30 @@ template <class Half, class V> INLINE Half add_halves(V v) {
 INLINE float total(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 INLINE float total(Eight v) { return total(add_halves<Four>(v)); }
 INLINE float total(Sixteen v) { return total(add_halves<Eight>(v)); }
+
+// The same sums of sixteen registers at once, each halving shared by two of them: 45 instructions in place of 160.
+#if defined(__AVX512F__)
+INLINE void add_totals(const Floats* v, float* to) {
+    __m512 sum[16];
+    UNROLL for (int i = 0; i < 16; ++i) sum[i] = (__m512)v[i % 4 * 4 + i / 4];      // so that the order at the end is that of v
+    UNROLL for (int i = 0; i < 8; ++i)
+        sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x44) + _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xee);
+    UNROLL for (int i = 0; i < 4; ++i)
+        sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xdd);
+    UNROLL for (int i = 0; i < 2; ++i)
+        sum[i] = _mm512_shuffle_ps(sum[2 * i], sum[2 * i + 1], 0x44) + _mm512_shuffle_ps(sum[2 * i], sum[2 * i + 1], 0xee);
+    _mm512_storeu_ps(to, _mm512_shuffle_ps(sum[0], sum[1], 0x88) + _mm512_shuffle_ps(sum[0], sum[1], 0xdd));
+}
+#endif
+
+// Of COUNT registers to as many numbers.
+template <int COUNT> INLINE void totals(const Floats* v, float* to) {
+    int i = 0;
+#if defined(__AVX512F__)
+    UNROLL for (; i + 16 <= COUNT; i += 16) add_totals(v + i, to + i);
+#endif
+    UNROLL for (; i < COUNT; ++i) to[i] = total(v[i]);
+}
 
 // ------------------------------------------------------------------------------------------------------------- 16-bit floats
 

@@ -4,7 +4,8 @@
     caller             use 0    use 1    use 2   …
 
 so that loading takes the longer of both times and not their sum: that of the disk, or that of the processor.  One thread is
-enough, and no queue: a second tensor ahead would only take memory.
+enough, and no queue: a second tensor ahead would only take memory.  A tensor that lies in a mapped file is not copied: to read
+it is to ask the disk for it (`mapped`), and a thread waits there because the disk takes no more than some requests at once.
 
 Trap: torch's operations must stay with the caller.  Each thread that enters one has a team of helpers of its own, and two teams
 on the same cores make both sleep; so the reader moves bytes, and computes nothing.
@@ -24,7 +25,7 @@ def read_ahead(reads: Sequence[Callable[[], Item]]) -> Generator[Item, None, Non
     Args:
         reads: what to do, in order.
 
-    Returns: the results, in order.  Read k begins when result k - 2 was done with, so two buffers are enough for all.
+    Returns: the results, in order.  Read k begins when result k - 2 was done with, so no more than two lie in memory.
     Raises: what a read raises, where its result would have come.
     Guarantee: no more than one read is ahead, and none goes on after the iterator was closed (tests/llama/test_ahead.py).
     """

@@ -47,7 +47,7 @@ from minilora.quant.nf4 import NF4Tensor, quantize_nf4
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")      # tables that the model derives itself
-TRIM_BYTES = 1 << 25                                # of tensors read between two trims of the heap
+TRIM_BYTES = 1 << 28                                # of tensors read between two trims of the heap
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -159,14 +159,10 @@ def load_checkpoint(folder: Path | str, quantize: Literal["nf4"] | None = "nf4",
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=not progress)
     untrimmed = 0
 
-    def reading(number: int, step: _Step) -> Callable[[], Tensor | NF4Tensor]:
-        if step.four_bit:
-            return partial(read_nf4, weights, step.module, step.shape)
-        if quantize_dense and step.is_block_linear:
-            return partial(weights.borrow, step.key, number % 2)
-        return partial(weights.read, step.key)
+    def reading(step: _Step) -> Callable[[], Tensor | NF4Tensor]:
+        return partial(read_nf4, weights, step.module, step.shape) if step.four_bit else partial(weights.borrow, step.key)
 
-    reads = [reading(number, step) for number, step in enumerate(steps)]
+    reads = [reading(step) for step in steps]
     with torch.no_grad(), bar, closing(read_ahead(reads)) as values:
         for step, value in zip(steps, values, strict=True):
             if quantize_dense and step.is_block_linear and isinstance(value, Tensor):
@@ -201,8 +197,9 @@ def _quantized(value: Tensor, place: str, double_quant: bool, blocksize: int) ->
 def _trim_heap() -> None:
     """Give the heap's free pages back to the system, where the C library has a call for it (glibc).
 
-    Why: quantizing makes many temporaries, and what outlives them lies scattered between; glibc returns memory from the
-    heap's end only.  Without this, loading was seen to take four times the memory of its result.
+    Why: quantizing in plain torch makes many temporaries, and what outlives them lies scattered between; glibc returns memory
+    from the heap's end only.  Without this, loading was seen to take four times the memory of its result; done for every 32 MB,
+    a quarter of the time, since what was given back is handed out again page by page, filled with zeros.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
@@ -216,7 +213,7 @@ def _put_nf4(model: LlamaForCausalLM, step: _Step, quantized: NF4Tensor) -> None
 
 def _converted(value: Tensor, place: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The file's tensor in the model's type; NaN and infinities are refused: every answer behind one would be NaN."""
-    converted = value.to(device=device, dtype=dtype)
+    converted = value.to(device=device, dtype=dtype, copy=True)         # the value lies in its file
     if all(bool(end.isfinite()) for end in converted.aminmax()):        # one pass, and no memory; NaN comes through both ends
         return converted
     if all(bool(end.isfinite()) for end in value.aminmax()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import QuantizationError
-from minilora.kernels import reference
+from minilora.kernels import cpu, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)      # the last is rounded to the first
 
@@ -62,7 +62,11 @@ def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     Returns: codes (n,) uint8 and absmax (ceil(n / blocksize),) float32.
     Raises: QuantizationError (see `flat_finite`).
     """
-    return reference.quantize_blocks(flat_finite(x, blocksize), code.to(x.device), blocksize)
+    flat_n = flat(x, blocksize)
+    kernel = cpu.kernel() if flat_n.device.type == "cpu" and flat_n.dtype == torch.float32 else None
+    made = None if kernel is None else kernel.quantize_bytes(flat_n, code, blocksize)
+    # Without a kernel, or with a number that is not finite, which `flat_finite` names.
+    return reference.quantize_blocks(flat_finite(x, blocksize), code.to(x.device), blocksize) if made is None else made
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:

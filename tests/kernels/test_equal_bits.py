@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from minilora import quantize_nf4
 from minilora.kernels import cpu, reference
 from minilora.kernels.cpu import Constants, Kernel
-from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE, NF4_ZERO
+from minilora.quant.codebooks import DYNAMIC_8BIT, DYNAMIC_8BIT_UNSIGNED, NF4_CODE, NF4_ZERO
 from minilora.testing import strategies
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,6 +123,40 @@ def test_every_16_bit_number_is_read_as_itself(kernel: Kernel, dtype: torch.dtyp
         quantized_alike(kernel, x.flip(0).contiguous(), blocksize)
 
 
+TABLES = {"signed": DYNAMIC_8BIT, "unsigned": DYNAMIC_8BIT_UNSIGNED, "sixteen": NF4_CODE, "two": torch.tensor([-0.5, 1.0]),
+          "one": torch.tensor([0.25])}
+
+
+def quantized_to_bytes_alike(kernel: Kernel, x: torch.Tensor, code: torch.Tensor, blocksize: int) -> None:
+    found = kernel.quantize_bytes(x, code, blocksize)
+    assert found is not None
+    codes, absmax = reference.quantize_blocks(x, code, blocksize)
+    assert same_bits(found[1], absmax)
+    assert same_bits(found[0].int(), codes.int())
+
+
+@given(values=strategies.weights(), blocksize=blocksizes, table=st.sampled_from(sorted(TABLES)))
+def test_codes_of_any_table_up_to_256_equal_the_reference(kernel: Kernel, values: list[float], blocksize: int,
+                                                          table: str) -> None:
+    quantized_to_bytes_alike(kernel, torch.tensor(values), TABLES[table], blocksize)
+
+
+@given(n=st.one_of(sizes, st.just(100_003)), blocksize=blocksizes, table=st.sampled_from(sorted(TABLES)),
+       seed=st.integers(0, 99))
+def test_codes_of_blocks_of_any_size_equal_the_reference(kernel: Kernel, n: int, blocksize: int, table: str, seed: int) -> None:
+    quantized_to_bytes_alike(kernel, torch.randn(n, generator=generator(seed)), TABLES[table], blocksize)
+
+
+@pytest.mark.parametrize("table", ["signed", "unsigned"])
+def test_a_value_on_each_midpoint_of_256_takes_the_lower_code(kernel: Kernel, table: str) -> None:
+    code = TABLES[table]
+    midpoints = (code[1:] + code[:-1]) / 2
+    up, down = midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))
+    codes, _ = kernel.quantize_bytes(torch.cat([torch.ones(1), midpoints, up, down]), code, 4096)       # absmax is 1
+    on, above, below = codes[1:].view(3, 255).int()
+    assert on.tolist() == below.tolist() == list(range(255)) and above.tolist() == list(range(1, 256))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_is_found_wherever_it_lies(kernel: Kernel, dtype: torch.dtype, value: float) -> None:
@@ -131,6 +165,7 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_lies(kernel: Kernel, d
         assert kernel.quantize(x, NF4_CODE, 64, NF4_ZERO) is not None
         x[at] = value
         assert kernel.quantize(x, NF4_CODE, 64, NF4_ZERO) is None, f"{value} at {at} of {n}"
+        assert dtype != torch.float32 or kernel.quantize_bytes(x, DYNAMIC_8BIT, 256) is None, f"{value} at {at} of {n}"
 
 
 def test_large_tensors_are_shared_by_threads_and_equal_the_reference(kernel: Kernel) -> None:
