@@ -7,7 +7,6 @@
 
 # %%
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,10 @@ import torch
 import minilora
 from minilora import load_model
 from minilora.course.pictures import BLUE, GREY, RED, picture
-from minilora.llama.config import LlamaConfig
+from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
 from minilora.llama.safetensors_file import read_header, read_tensor
 from minilora.llama.weights import WeightFiles
-from minilora.shapes import write_random_checkpoint
+from minilora.shapes import shape_of, write_random_checkpoint
 
 # %% [markdown]
 # ## What is in the file
@@ -56,13 +55,13 @@ print(f"read {len(raw):,} of {tiny.stat().st_size:,} bytes: a weight of shape {t
 # Read a tensor, quantize it, drop the 16-bit form, read the next. In memory are the 4-bit tensors so far, and one in 16
 # bits.
 #
-# **Predict.** The checkpoint of this cell has 380 MB in 16 bits, and about a quarter of that in 4. By how much does a
+# **Predict.** The checkpoint of this cell has 368 MB in 16 bits, and about a quarter of that in 4. By how much does a
 # process grow that (a) loads all of it and then quantizes, (b) goes tensor by tensor?
 
 # %%
-shape = {"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 16,
-         "intermediate_size": 2816, "vocab_size": 4096, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-         "tie_word_embeddings": True}
+shape = {"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 14, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "intermediate_size": 2816, "vocab_size": 4096, "max_position_embeddings": 256,
+         "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 ways = {
     "all at once": """
         from safetensors.torch import load_file
@@ -74,12 +73,13 @@ ways = {
         kept = minilora.load_model(folder)""",
 }
 program = """
-    import resource, sys
+    import sys
     from pathlib import Path
     import torch, minilora
-    folder = Path(sys.argv[1])
+    from minilora.runs import peak_bytes
+    folder, cpu = Path(sys.argv[1]), torch.device("cpu")
     minilora.quantize_nf4(torch.ones(1 << 16)).dequantize()         # compiled and loaded before we look
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes(cpu)
 """
 grown = {}
 with tempfile.TemporaryDirectory() as place:
@@ -87,7 +87,7 @@ with tempfile.TemporaryDirectory() as place:
     size = write_random_checkpoint(LlamaConfig.from_dict(shape), folder, shard_bytes=1 << 27)
     for name, way in ways.items():
         script = textwrap.dedent(program) + textwrap.dedent(way) + textwrap.dedent("""
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)""")
+            print(peak_bytes(cpu) - before)""")
         done = subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, check=True)
         grown[name] = int(done.stdout)
     model = load_model(folder)
@@ -98,15 +98,19 @@ for name, peak in grown.items():
 assert 360e6 < size < 400e6 and grown["one by one"] < 0.6 * grown["all at once"]
 
 # %% [markdown]
-# The usual guess for (b) is right in spirit: the result, and a little. The point is what it means at full size: the peak
-# hardly depends on the 16-bit model at all. Quantizing Meditron's 13.48 GB takes the package a few hundred megabytes more
-# than its result.
+# One by one the peak is the result and a little; the 16-bit model never stands in memory. That is what lets a 7B model pass
+# through a machine of 8 GB.
 #
 # There is one catch. A file that is *mapped* into memory counts as yours, page by page, as it is touched. So the package
 # reads with plain `readinto`, into one buffer.
 
 # %%
 print({name: f"{peak / size:.2f} of the file" for name, peak in grown.items()})
+seven_b = shape_of("7b")
+in_16, in_linears = 2 * num_parameters(seven_b) / 1e9, linear_parameters(seven_b)
+in_4 = (in_linears * 4.127 / 8 + 2 * (num_parameters(seven_b) - in_linears)) / 1e9
+print(f"a 7B model: {in_16:.2f} GB in 16 bits, {in_4:.2f} in 4")
+assert (round(in_16, 2), round(in_4, 2)) == (13.48, 3.87)
 
 # %% [markdown]
 # ## The picture
@@ -119,7 +123,7 @@ whole, streamed, so_far = [], [], 0.0
 for index, size in enumerate(sizes):
     whole.append(sum(sizes[: index + 1]) / 1e6)
     so_far += in_four_bits[index]
-    streamed.append((so_far + size) / 1e6)
+    streamed.append((so_far + (size if "proj" in names[index] else 0)) / 1e6)
 with picture("09_streaming", width=6.5, height=3.2) as axes:
     axes.plot(whole, color=RED, linewidth=2, label="everything in 16 bits")
     axes.plot(streamed, color=BLUE, linewidth=2, label="quantized so far, and one tensor in 16 bits")
@@ -157,7 +161,6 @@ with tempfile.TemporaryDirectory() as place:
         raise AssertionError("it should have been refused")
     except minilora.CheckpointError as error:
         print("   ", str(error).replace(place, "..."))
-assert pickle.HIGHEST_PROTOCOL >= 4
 
 # %% [markdown]
 # It could have read your keys as well as print a line. The package unpickles tensors and nothing else, and prefers

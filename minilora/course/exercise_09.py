@@ -61,7 +61,8 @@ def _draw_sizes(generator: torch.Generator) -> tuple[list[int]]:
 
 TASKS = (
     Task("tensor_places", _package, fixed=(), random=_draw, probe=_places, mistakes=(
-        Mistake("offsets count from the end of the header: add 8 bytes of length and the header itself", _shifted(lambda length: 0)),
+        Mistake("offsets count from the end of the header: add 8 bytes of length and the header itself",
+                _shifted(lambda length: 0)),
         Mistake("you added the header, but not the 8 bytes in front of it", _shifted(lambda length: length)),
         Mistake("you added the 8 bytes, but not the header that follows them", _shifted(lambda length: 8)),
         Mistake("__metadata__ is no tensor", _shifted(lambda length: 8 + length, metadata=True)),
