@@ -129,7 +129,9 @@ def test_scores_go_to_the_run_that_was_scored(store: Store, tmp_path: Path) -> N
     assert sent["evaluation/exact_match"] == 0.5 and sent["evaluation/n"] == 9 and "evaluation/ok" not in sent
 
 
-def test_what_is_no_run_or_no_store_is_said_in_one_line(store: Store, tmp_path: Path) -> None:
+def test_what_is_no_run_or_no_store_is_said_in_one_line(store: Store, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no run"):
         track(tmp_path / "empty", store)

@@ -42,6 +42,7 @@ STATE_FILE = "mlflow.json"
 EXPERIMENT = "minilora"
 EMBEDDED = "sqlite:///mlflow.db"        # a file in the folder the command is given in; no server
 SYNC_SECONDS = 5.0
+RETRIES = "3"                           # a quarter of a minute; MLflow's own seven take four minutes to find a server away
 METRICS_AT_ONCE = 1000                  # as many as a server takes in one call
 SENT_FILES = ("README.md", CONFIG_FILE, "labels.txt")
 
@@ -70,6 +71,7 @@ class Store:
             raise ConfigError("--mlflow needs MLflow: pip install 'minilora[mlflow]'") from None
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
         if self.file is not None:
             try:                # before MLflow does, so that it is its owner's alone
                 os.close(os.open(self.file, os.O_CREAT, 0o600))
