@@ -19,6 +19,14 @@ CHUNK_BYTES = 64 * 2 ** 20      # of logits in float32 at a time: enough rows fo
 PADDING = 0     # Trap: a tokenizer's own padding id may lie past the embedding table; padding is masked, so any id will do
 
 
+def picks(longest: int, length: int) -> bool:
+    """Whether the last block is computed where label tokens are predicted alone, up to `longest` of the `length` of a row.
+
+    Where most are needed, picking them out, and a mask of who sees whom, costs more than the rest of them.
+    """
+    return 2 * longest <= length
+
+
 def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Sum over the batch's label tokens of −log p(token | what stands before it), a float32 scalar.
 
@@ -29,8 +37,7 @@ def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     carries_loss = targets != IGNORED
     # The last block is needed only where a label token is predicted: L positions a row, those of short labels filled up.
     longest = int(carries_loss.sum(1).max())
-    # Where most are needed, picking them out, and a mask of who sees whom, costs more than the rest of them.
-    if 2 * longest > targets.shape[1]:
+    if not picks(longest, targets.shape[1]):
         hidden = model.hidden(batch.input_ids)[:, :-1][carries_loss]
         return head_loss(model.lm_head, hidden, targets[carries_loss])
     at = carries_loss.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]     # (B, L)

@@ -30,7 +30,7 @@ from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import FUSED_WEIGHTS
 from minilora.layers.qlora import is_target
 from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
-from minilora.loss import CHUNK_BYTES
+from minilora.loss import CHUNK_BYTES, picks
 from minilora.optim.adamw import BLOCKSIZE_8BIT
 from minilora.optim.paged_adamw import SMALLEST_8BIT
 from minilora.quant.nf4 import NESTED_BLOCKSIZE
@@ -79,6 +79,11 @@ class Workload:
             raise ConfigError(f"state_bits must be 32 or 8, not {self.state_bits}")
         if self.kind == "full" and self.compute != torch.float32:
             raise ConfigError(f"kind full trains float32 weights, not {self.compute}")
+
+    @property
+    def computed(self) -> int:
+        """Positions that the last block is computed at."""
+        return self.asked if picks(min(self.label_tokens, self.seq - 1), self.seq - 1) else self.batch * self.seq
 
     @property
     def asked(self) -> int:
@@ -229,13 +234,13 @@ def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: i
 def activations(config: LlamaConfig, work: Workload) -> int:
     """Bytes that the forward keeps for the backward, but for the logits; with checkpointing and the largest half of a block."""
     tokens, layers = work.batch * work.seq, config.num_hidden_layers
-    asked, compute, hidden = work.asked, work.compute.itemsize, config.hidden_size
+    asked, compute, hidden = work.computed, work.compute.itemsize, config.hidden_size
     kept = tokens * 2 * compute * config.head_dim + asked * (compute * hidden + 4)      # rotation; the last norm
     if work.kind == "full":
-        kept += asked * compute * 2 * hidden                                            # normed, and what the head reads
+        kept += (asked + work.asked) * compute * hidden                                 # normed, and what the head reads
     block, last = block_activations(config, work, tokens, tokens), block_activations(config, work, tokens, asked)
     # Where the last block asks at some positions alone: those rows of its input, a mask, and their cosines and sines.
-    some = asked * (4 * work.seq + 2 * compute * config.head_dim)
+    some = asked * (4 * work.seq + 2 * compute * config.head_dim) if asked < tokens else 0
     if work.gradient_checkpointing:
         remembered = 0 if work.on_gpu or compute == 4 else block.attended
         inputs = layers * tokens + (layers - 1) * tokens + asked                        # of both halves
@@ -249,7 +254,7 @@ def largest_part(config: LlamaConfig, work: Workload) -> int:
     """Bytes of what a backward goes through at once: a block, or, with checkpointing, half of one."""
     tokens = work.batch * work.seq
     blocks = [block_activations(config, work, tokens, asked)
-              for asked in ([tokens] if config.num_hidden_layers > 1 else []) + [work.asked]]
+              for asked in ([tokens] if config.num_hidden_layers > 1 else []) + [work.computed]]
     return max(max(block[:2]) if work.gradient_checkpointing else sum(block[:2]) for block in blocks)
 
 

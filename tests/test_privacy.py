@@ -170,7 +170,10 @@ def test_bad_input_is_told_without_quoting_a_note(world: Path, say: Say, words: 
 
 
 def test_what_a_killed_prediction_leaves_is_the_owners_alone(world: Path) -> None:
-    code = ("import os, signal, sys; os.umask(0); os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); "
+    # Killed when the table under its other name is to be synced, and so holds notes.
+    code = ("import os, pathlib, signal, sys; os.umask(0); out = pathlib.Path(sys.argv[-1]); "
+            "os.fsync = lambda _: [os.kill(os.getpid(), signal.SIGKILL) for path in out.parent.glob('.tmp-*') "
+            "if path.stat().st_size]; "
             "from minilora.cli import main; sys.exit(main(sys.argv[1:]))")
     (world / "labels.txt").write_text("\n".join(LABELS) + "\n")
     ended = subprocess.run([sys.executable, "-c", code, "predict", "--model", str(world / "model"), "--labels",
@@ -210,8 +213,9 @@ def violations(source: str, name: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_package_runs_no_code_that_came_from_elsewhere(path: Path) -> None:
-    peers = path.relative_to(PACKAGE).parts[0] == "bench"           # measures what others do, as their pages say it
-    assert peers or violations(path.read_text(encoding="utf-8"), path.stem) == []
+    # The bench measures what others do, as their pages say it; the course runs the lessons and the reader's own exercises.
+    exempt = path.relative_to(PACKAGE).parts[0] in ("bench", "course")
+    assert exempt or violations(path.read_text(encoding="utf-8"), path.stem) == []
 
 
 @pytest.mark.parametrize("line", ["import requests", "from urllib.request import urlopen", "eval(text)", "pickle.loads(data)",
