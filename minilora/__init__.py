@@ -9,6 +9,7 @@ from minilora.errors import (
     MiniloraError,
     OutputError,
     QuantizationError,
+    StoppedError,
 )
 from minilora.evaluate import evaluate
 from minilora.generate import generate
@@ -25,7 +26,7 @@ from minilora.train import train
 
 __all__ = [
     "NF4_CODE", "CheckpointError", "ConfigError", "DataError", "HubError", "LoRAConfig", "LoRALinear", "MiniloraError",
-    "NF4Linear", "NF4Tensor", "OutputError", "PagedAdamW", "QuantizationError", "TrainConfig", "add_lora", "evaluate",
-    "generate", "load_adapter", "load_model", "load_tokenizer", "merge_lora", "quantize_nf4", "save_adapter", "save_quantized",
-    "train",
+    "NF4Linear", "NF4Tensor", "OutputError", "PagedAdamW", "QuantizationError", "StoppedError", "TrainConfig", "add_lora",
+    "evaluate", "generate", "load_adapter", "load_model", "load_tokenizer", "merge_lora", "quantize_nf4", "save_adapter",
+    "save_quantized", "train",
 ]

@@ -12,15 +12,13 @@ computes something else, so loading it there warns.
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, OutputError
@@ -28,9 +26,13 @@ from minilora.files import atomic_path, write_json
 from minilora.layers.lora import LoRAConfig, LoRALinear, dense_weight
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import Quantization, add_lora, is_target, lora_layers, quantization_of
+from minilora.llama.safetensors_file import TensorEntry, read_header, read_tensor
+from minilora.llama.strict_json import LARGEST_OBJECT, parse_object, read_bytes
 
 CONFIG_FILE, WEIGHTS_FILE, EXTRA_FILE = "adapter_config.json", "adapter_model.safetensors", "minilora.json"
 PREFIX = "base_model.model."
+LARGEST_CONFIG = 1 << 20        # bytes of adapter_config.json; it takes a thousand
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What PEFT can set that makes the adapter another function than the one computed here.
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layer_replication",
                "exclude_modules", "lora_bias", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
@@ -116,20 +118,14 @@ def save_extra(model: nn.Module, folder: str | Path, extra: dict[str, Any] | Non
     write_json(Path(folder) / EXTRA_FILE, {"base_quantization": quantization and asdict(quantization), **(extra or {})})
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from an untrusted file.
+def read_json_object(path: Path, largest: int = LARGEST_OBJECT) -> dict[str, Any]:
+    """A JSON object from an untrusted file of at most `largest` bytes.
 
-    Raises: CheckpointError: absent, not JSON, or not an object.
+    Raises: CheckpointError: absent, too large, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no {path.name} in {path.parent}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({type(error).__name__}); write the file again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    if not path.exists():
+        raise CheckpointError(f"no {path.name} in {path.parent}")
+    return parse_object(read_bytes(path, largest), str(path))
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
@@ -162,9 +158,9 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
     path = Path(folder) / CONFIG_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"no such adapter folder: {folder}")
-    raw = read_json_object(path)
+    raw = read_json_object(path, LARGEST_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {raw['peft_type']!r} is not supported, only LORA")
+        raise CheckpointError(f"{path}: peft_type {raw['peft_type']!r:.60} is not supported, only LORA")
     for key in UNSUPPORTED:
         if not (raw.get(key) is None or raw[key] is False or raw[key] in ([], {})):     # 0 means the first layer
             raise CheckpointError(f"{path}: {key} is set, which minilora does not support")
@@ -173,7 +169,7 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
         raise CheckpointError(f"{path}: init_lora_weights is {start!r:.40}: such an adapter belongs to a base that was changed "
                               "at its start; convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)")
     if raw.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
+        raise CheckpointError(f"{path}: bias {raw['bias']!r:.60} is not supported, only 'none'")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in raw]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
@@ -183,19 +179,9 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
     try:
         config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(sorted(targets)),
                             bool(raw.get("use_rslora", False)), bool(raw.get("use_dora", False)))
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (ConfigError, OverflowError) as error:       # Trap: of 10 ** 400 nobody can say whether it is finite
+        raise CheckpointError(f"{path}: {error!s:.200}") from None
     return config, raw
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"no {path.name} in {path.parent}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({str(error).splitlines()[0]:.120}); copy or save it again"
-                              ) from None
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -210,8 +196,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     config, _ = read_adapter_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
-    _check_fit(model, config, tensors, folder)
+    tensors = _fitting(model, config, folder)
     recorded, actual = read_extra(folder), quantization_of(model)
     same_storage = recorded.get("base_quantization", actual and asdict(actual)) == (actual and asdict(actual))
     if not same_storage:
@@ -236,8 +221,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _check_fit(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Every tensor the model needs is there with its shape, finite, and none is left over; nothing is changed before."""
+def _fitting(model: nn.Module, config: LoRAConfig, folder: Path) -> dict[str, Tensor]:
+    """Every tensor that the model needs, after making sure that each is there with its shape, finite, and none is left over.
+
+    The file's header is compared first, so no more memory is taken than the model's own adapter does; nothing is changed.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise CheckpointError(f"no {path.name} in {path.parent}")
+    entries = read_header(path)
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if is_target(name, config.target_modules) and hasattr(module, "in_features"):
@@ -248,25 +240,33 @@ def _check_fit(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor],
             if config.use_dora:
                 expected[f"{PREFIX}{name}.lora_magnitude_vector"] = (module.out_features,)
     for key, shape in expected.items():
-        if key not in tensors:
-            raise CheckpointError(f"{folder / WEIGHTS_FILE} lacks {key}: the adapter belongs to another model, or is damaged")
-        if tuple(tensors[key].shape) != shape:
-            raise CheckpointError(f"{folder / WEIGHTS_FILE}: {key} has shape {tuple(tensors[key].shape)}, this model needs "
-                                  f"{shape}: the adapter belongs to another model")
-        if not bool(torch.isfinite(tensors[key]).all()):
-            raise CheckpointError(f"{folder / WEIGHTS_FILE}: {key} holds NaN or infinities")
-    left_over = [key for key in sorted(tensors.keys() - expected.keys()) if not _is_own_weight(model, key, tensors[key])]
+        if key not in entries:
+            raise CheckpointError(f"{path} lacks {key}: the adapter belongs to another model, or is damaged")
+        if entries[key].shape != shape:
+            raise CheckpointError(f"{path}: {key} has shape {entries[key].shape!s:.60}, this model needs {shape}: the adapter "
+                                  "belongs to another model")
+        if entries[key].dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {key} has type {entries[key].dtype_name}; expected a floating type")
+    left_over = [key for key in sorted(entries.keys() - expected.keys()) if not _is_own_weight(model, entries[key])]
     if left_over or not expected:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {left_over[0] if left_over else 'an adapter'}, for which this "
+        raise CheckpointError(f"{path} holds {left_over[0] if left_over else 'an adapter'}, for which this "
                               "model has no place: the adapter belongs to another model, or changes more than its linears")
+    tensors = {key: read_tensor(entries[key]) for key in expected}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {key} holds NaN or infinities")
+    return tensors
 
 
-def _is_own_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
+def _is_own_weight(model: nn.Module, entry: TensorEntry) -> bool:
     """Whether a tensor is the model's weight, which PEFT saves beside an adapter on the head."""
-    name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    name = entry.key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
     module = dict(model.named_modules()).get(name)
-    if not isinstance(module, (nn.Linear, NF4Linear)) or key != f"{PREFIX}{name}.base_layer.weight":
+    if not isinstance(module, (nn.Linear, NF4Linear)) or entry.key != f"{PREFIX}{name}.base_layer.weight":
         return False
+    if entry.shape != (module.out_features, module.in_features) or entry.dtype not in FLOATS:
+        return False
+    tensor = read_tensor(entry)
     return torch.equal(tensor, dense_weight(module).to("cpu", tensor.dtype))
 
 

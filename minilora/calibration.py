@@ -10,6 +10,7 @@ so the curve has a point where a run of equals ends and none within it (Geifman 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from minilora.metrics import Floats, Ints
 
 BINS = 10
+COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)     # shares of rows that a table of the curve answers
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,8 @@ def coverage(probability: Floats, right: NDArray[np.bool_]) -> Coverage:
     ends = np.flatnonzero(np.append(np.diff(probability[order]) != 0, True))       # where a run of equals ends
     answered = ends + 1
     return Coverage(probability[order][ends], answered / len(probability), np.cumsum(right[order])[ends] / answered)
+
+
+def picked(curve: Coverage, shares: Sequence[float] = COVERAGES) -> list[int]:
+    """The curve's points for a table: for each share the first that answers as much, the largest share first."""
+    return sorted({int(np.flatnonzero(curve.share >= share - 1e-12)[0]) for share in shares}, reverse=True)

@@ -10,7 +10,7 @@ import math
 import platform
 import re
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,14 @@ def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file: names the data of a run without telling anything of what stands in it."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file.read())
+
+
+def own_version() -> str:
+    """This package's; where it runs from a checkout that is not installed, it has none."""
+    try:
+        return version("minilora")
+    except PackageNotFoundError:
+        return "from a checkout"
 
 
 def _sha256(content: bytes) -> str:
@@ -67,7 +75,7 @@ def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str]
         ("optimizer", f"{config.optimizer}, moments in {config.state_bits} bits, weight decay {config.weight_decay:g}"),
         ("prompt", f"template {Path(config.template).name}, at most {config.max_length} tokens with the label"),
         ("seed", str(config.seed)),
-        ("made with", f"minilora {version('minilora')}, torch {torch.__version__}, Python {platform.python_version()}"),
+        ("made with", f"minilora {own_version()}, torch {torch.__version__}, Python {platform.python_version()}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     listed = "\n".join(f"- {label}" for label in labels[:200]) + ("\n- …" if len(labels) > 200 else "")
@@ -138,8 +146,11 @@ def record_scores(run: str | Path, data: str | Path, evaluation: Evaluation, fre
     for key in ("exact_match", "macro_f1", "cosine"):
         low, high = evaluation.intervals[key]
         scores.append(f"{getattr(evaluation, key):.3f} [{low:.3f}, {high:.3f}]")
+    if evaluation.scored is not None and evaluation.scored.embedder != "base":
+        scores[-1] += f" ({evaluation.scored.embedder})"
     rows.append(f"{name} {evaluation.n:,} | {'written freely' if free else 'chosen among labels'} | {' | '.join(scores)} |")
-    section = ("## Scores\n\nWith 95 % intervals over the notes; cosine is that of the base model's own embeddings.\n\n"
+    section = ("## Scores\n\nWith 95 % intervals over the notes; cosine is that of the base model's own embeddings where "
+               "no other is named.\n\n"
                "| SHA-256 of the table | notes | answers | exact match | macro F1 | cosine |\n"
                "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n")
     text = SCORES.sub("", text)

@@ -13,9 +13,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from minilora import store_commands, task_commands
 from minilora.config import TrainConfig, read_toml
-from minilora.errors import ConfigError, MiniloraError
-from minilora.flags import Formatter, Parser, answer_flags, memory_flags, model_flags, out_flags, train_flags
+from minilora.errors import ConfigError, MiniloraError, StoppedError, memory_reason
+from minilora.flags import (
+    STORE_FLAGS,
+    Formatter,
+    Parser,
+    answer_flags,
+    compare_flags,
+    course_flags,
+    data_flags,
+    memory_flags,
+    model_flags,
+    out_flags,
+    predict_flags,
+    score_flags,
+    store_flags,
+    train_flags,
+)
+from minilora.stopping import terminated_cleanly
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,10 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the data and the training")
     out_flags(sub)
 
-    sub = command("data", _data, "write the synthetic radiology set (train.csv, val.csv, test.csv)")
-    sub.add_argument("out", help="folder to create")
-    sub.add_argument("--n", type=int, default=10_000, help="notes in all three splits together (80/10/10)")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same files")
+    sub = command("data", _data, "write the synthetic radiology set (train.csv, val.csv, test.csv), or look a table over "
+                                 "(data check FILE)")
+    data_flags(sub)
     out_flags(sub)
 
     sub = command("quantize", _quantize, "turn a 16-bit checkpoint into a 4-bit one (Hugging Face bitsandbytes format)")
@@ -54,25 +70,27 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "fine-tune a 4-bit base with LoRA (or all weights) on a table of notes and labels")
     sub.add_argument("--config", help="TOML file with any of the settings below; flags win over it")
     train_flags(sub)
+    store_flags(sub)
 
-    sub = command("evaluate", _evaluate, "score a model on a labelled table, with intervals")
+    sub = command("track", store_commands.track,
+                  "send a run folder to MLflow, and register its model: what train --mlflow does meanwhile")
+    sub.add_argument("folder", metavar="RUN", help="run folder, finished or not")
+    store_flags(sub)
+
+    sub = command("evaluate", task_commands.evaluate, "score a model on a labelled table, with intervals")
     model_flags(sub)
     answer_flags(sub)
-    sub.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
-    sub.add_argument("--label-column", default="label", help="column of labels")
-    sub.add_argument("--embedder", default="base", choices=("base",),
-                     help="what measures cosine similarity: the base model itself")
-    sub.add_argument("--out", required=True, help="folder for metrics.json and predictions.csv")
-    sub.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    score_flags(sub)
     out_flags(sub)
+    store_flags(sub, registers=False)
 
-    sub = command("predict", _predict, "label one note, or a table of them")
+    compare_flags(command("compare", task_commands.compare,
+                          "say whether one evaluation's answers are better than another's, or only luckier"))
+
+    sub = command("predict", task_commands.predict, "label one note, or a table of them")
     model_flags(sub)
     answer_flags(sub)
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--note", help="one note; prints the label alone on the first line")
-    what.add_argument("--data", help="table of notes: CSV, JSONL or Parquet; needs --out")
-    sub.add_argument("--out", help="table to write: the input's columns, then prediction, probability, error")
+    predict_flags(sub)
     out_flags(sub)
 
     sub = command("merge", _merge, "fold an adapter into the weights, and say what that costs")
@@ -118,6 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--table", metavar="FILE", help="write them there as a table in Markdown")
     sub.add_argument("--figure", metavar="FILE", help="draw there how a step's cost grows (PNG; extra [plots])")
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+    course_flags(command("lesson", _lesson, "run a lesson of the course: prose, code, what it prints, a picture"),
+                 command("check", _check, "grade what you wrote in lessons/exercises, and name the mistake"))
     return parser
 
 
@@ -127,6 +148,9 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
+    if args.table is not None:
+        task_commands.check(args)
+        return
     from minilora.data.radiology import PROTOCOLS, RULES, write_dataset
     counts = write_dataset(args.out, n=args.n, seed=args.seed, overwrite=args.overwrite)
     print(", ".join(f"{name}.csv {count:,} notes" for name, count in counts.items())
@@ -141,53 +165,17 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from minilora.train import train
-    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "config")}
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "config", *STORE_FLAGS)}
     config = TrainConfig(**{**(read_toml(args.config) if args.config else {}), **given})
-    result = train(config)
+    with store_commands.followed(args, config.out):
+        result = train(config)
+    store_commands.register(args, config.out)
     if not config.quiet:
         print(f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}"
               + (f", validation {result.val_loss:.4f}" if result.val_loss is not None else "")
               + f"; {result.trained:,} of {result.parameters:,} numbers trained; peak memory {result.peak_bytes / 1e9:.2f} GB")
         tuned = f"--model {config.out}" if config.tune == "full" else f"--model {config.model} --adapter {config.out}"
         print(f"next: minilora predict {tuned} --note \"...\"")
-
-
-def _predictor(args: argparse.Namespace) -> Any:
-    from minilora.predict import Predictor
-    return Predictor.load(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device,
-                          args.dtype, args.max_length, args.pad_vocab, args.cache, args.quiet)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from minilora.card import record_scores
-    from minilora.score import read_scored_table, score_table
-    read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
-    evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
-                             args.overwrite, args.quiet)
-    record_scores(args.adapter or args.model, args.data, evaluation, args.free)
-    if not args.quiet:
-        from minilora.evaluate import format_table
-        print(format_table(evaluation))
-
-
-def _predict(args: argparse.Namespace) -> None:
-    from minilora.predict import check_tables, predict_table
-    if args.note is not None:
-        if args.out:
-            raise ConfigError("--out goes with --data; the label of a --note is printed")
-        answer, = _predictor(args).predict([args.note])
-        if answer.error:
-            raise ConfigError(f"--note: {answer.error}")
-        print(answer.label)
-        if answer.probability is not None and not args.quiet:
-            print(f"probability {answer.probability:.3f}" + (f", next {answer.runner_up}" if answer.runner_up else ""))
-        return
-    if not args.out:
-        raise ConfigError("--data needs --out: the table to write the predictions to")
-    check_tables(args.data, args.out, args.input_column, args.overwrite)     # before the model is loaded
-    rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet)
-    if not args.quiet:
-        print(f"{rows:,} rows in {args.out}")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -282,13 +270,29 @@ def _bench(args: argparse.Namespace) -> None:
         raise MiniloraError(f"below what is to be reached: {', '.join(missed)}")
 
 
+def _lesson(args: argparse.Namespace) -> None:
+    from minilora.course.lesson import find_lesson, list_lessons, run_lesson
+    if args.number is None:
+        print(list_lessons())
+    else:
+        run_lesson(find_lesson(args.number), ask=input if sys.stdin.isatty() and not args.no_pause else None)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from minilora.course.progress import format_standings, print_verdicts, standings
+    if args.all:
+        print(format_standings(standings()))
+    else:
+        print_verdicts(args.number, args.file)
+
+
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"minilora: warning: {message}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 130 for Ctrl-C."""
-    with warnings.catch_warnings():
+    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it."""
+    with warnings.catch_warnings(), terminated_cleanly():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _one_line_warning
         try:
@@ -299,6 +303,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         except MiniloraError as error:
             print("minilora: " + " ".join(str(error).splitlines()), file=sys.stderr)
+            return 128 + error.signal if isinstance(error, StoppedError) else 2
+        except (MemoryError, RuntimeError) as error:
+            reason = memory_reason(error)
+            if reason is None:
+                raise
+            print(f"minilora: out of memory ({reason}); `minilora memory` says what a run takes", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("minilora: stopped", file=sys.stderr)

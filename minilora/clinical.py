@@ -2,10 +2,16 @@
 
 "CT Abdomen W Contrast" and "CT Abdomen WO Contrast" are nearly the same text, and the first can harm a patient
 whose kidneys fail.  Names are read word by word; those that say none of this (another trade's labels) differ in nothing.
+
+Errors are weighed by what they would do (`COSTS`).  An error costs as much as the worst thing that is wrong with it:
+
+    clinical cost = mean over rows of  max over what differs of its cost,          0 for a right answer
 """
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +22,18 @@ WITH, WITHOUT, BOTH = "with", "without", "with and without"
 CLOSE = 0.9             # cosine from which two labels count as close
 NEAREST = 200           # labels that one is compared with
 ROWS_AT_ONCE = 256      # of the label × label matrix
+# What an error would do if nobody noticed. The order is common sense, the figures are ours and no department's policy.
+COSTS = {
+    "region": 1.0,              # another part of the body is imaged: the question stays open, the dose was for nothing
+    "side": 1.0,                # the same
+    "contrast given": 1.0,      # injected although the protocol leaves it out: kidneys, allergy
+    "extent": 0.5,              # more of the body, or less, than the protocol says
+    "modality": 0.5,            # another machine: mostly a worse answer to the same question
+    "contrast left out": 0.5,   # a worse answer; the examination may have to be repeated
+    "contrast phases": 0.25,    # with, instead of with and without, or the reverse
+    "unsaid": 0.25,             # another protocol, in what its name does not say
+    "no label": 0.25,           # nothing that could be ordered: somebody has to look
+}
 _BOTH = re.compile(r"\b(?:w\s*(?:/|&|and|\+)?\s*(?:wo\b|w/o\b|/wo\b)|wo\s*(?:/|&|and|\+)\s*w\b|with\s*(?:and|or|/|&)\s*without"
                    r"|without\s*(?:and|/|&)\s*with\b|pre\s*(?:and|/|&)\s*post\b|before\s+and\s+after)")
 _WITHOUT = re.compile(r"\b(?:wo|w/o|without|noncontrast|unenhanced|non[- ]?enhanced|native|plain|(?:no|non)[- ]?contrast)\b")
@@ -105,6 +123,66 @@ def _difference(first: ProtocolWords, second: ProtocolWords) -> str | None:
     if first.contrast != second.contrast and (not found or (first.contrast and second.contrast)):
         found.insert(0, f"contrast: {first.contrast or 'not said'} against {second.contrast or 'not said'}")
     return "; ".join(found) or None
+
+
+def error_kinds(reference: str, answer: str) -> list[str]:
+    """What is wrong with an answer: keys of `COSTS`, each at most once; nothing where both are one label.
+
+    Unlike `clinical_difference` it has a direction: contrast that is given differs from contrast that is left out.
+    """
+    if reference == answer:
+        return []
+    right, given = read_protocol(reference), read_protocol(answer)
+    found = ["modality"] if right.modality and given.modality and right.modality != given.modality else []
+    if right.regions and given.regions and right.regions != given.regions:
+        found.append("extent" if right.regions & given.regions else "region")
+    found += ["side"] if right.side and given.side and right.side != given.side else []
+    # As in `clinical_difference`: what only one name mentions counts where nothing else differs.
+    if right.contrast != given.contrast and (not found or (right.contrast and given.contrast)):
+        without = (None, WITHOUT)
+        found.append("contrast given" if right.contrast in without and given.contrast not in without else
+                     "contrast left out" if given.contrast in without and right.contrast not in without else
+                     "contrast phases" if right.contrast not in without else "unsaid")
+    return found or ["unsaid"]
+
+
+@dataclass(frozen=True)
+class ClinicalErrors:
+    """The errors of an evaluation, weighed.
+
+    Attributes:
+        cost: clinical cost, in [0, 1]; interval: 95 %, by bootstrap. per_error: mean cost of an error, 0 without one.
+        kinds: errors by what is wrong with them, keys of `COSTS`; one may count under several.
+        costs: the weights that were used.
+    """
+
+    cost: float
+    interval: tuple[float, float]
+    per_error: float
+    kinds: dict[str, int]
+    costs: dict[str, float]
+
+
+def weigh_errors(pairs: Pairs, names: list[str], allowed: set[int], rng: np.random.Generator, resamples: int,
+                 costs: Mapping[str, float] = COSTS) -> ClinicalErrors:
+    """Weigh the errors of a table.
+
+    Args: pairs: what was answered. names: of all codes. allowed: codes that are labels; other answers are "no label".
+    """
+    kinds = [[] if a == b else error_kinds(names[a], names[b]) if b in allowed else ["no label"]
+             for a, b in zip(pairs.reference.tolist(), pairs.prediction.tolist(), strict=True)]
+    weights = np.array([max((costs[kind] for kind in found), default=0.0) for found in kinds])
+    n, errors = int(pairs.count.sum()), int(pairs.count[pairs.reference != pairs.prediction].sum())
+    total = float(pairs.count @ weights)
+    counts = Counter[str]()
+    for found, count in zip(kinds, pairs.count.tolist(), strict=True):
+        counts.update(dict.fromkeys(found, count))
+    # Rows of one cost are alike to this score: a resample is a number for each of the few costs there are.
+    levels, which = np.unique(weights, return_inverse=True)
+    shares = np.bincount(which, pairs.count) / n
+    low, high = np.percentile(rng.multinomial(n, shares / shares.sum(), size=resamples) @ levels / n, [2.5, 97.5])
+    return ClinicalErrors(total / n, (float(low), float(high)), total / errors if errors else 0.0,
+                          {kind: counts[kind] for kind in costs if counts[kind]}, dict(costs))
 
 
 @dataclass(frozen=True)

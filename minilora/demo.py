@@ -19,7 +19,7 @@ from minilora.files import check_output, write_json
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.plots import draw_demo
 from minilora.predict import Predictor
-from minilora.score import predict_all, score_predictions
+from minilora.score import read_beside, score_table
 from minilora.train import train
 
 NOTES = 20_000
@@ -29,10 +29,11 @@ EXPECTED = "CT Abdomen W Contrast"
 
 
 def _score(predictor: Predictor, data: Path, out: Path, quiet: bool) -> Evaluation:
-    rows = read_table(data, "note", "label").rows
-    answers = predict_all(predictor, [row.text for row in rows], quiet)
-    evaluation = score_predictions(predictor, answers, [row.label or "" for row in rows])
-    write_json(out, evaluation.to_dict())
+    """Scores in `out`.json; in the folder `out` the same, with every answer."""
+    test, train = data / "test.csv", data / "train.csv"
+    beside = read_beside(read_table(test, "note", "label"), train=(train, "note", "label"))
+    evaluation = score_table(predictor, test, "note", "label", out, quiet=quiet, beside=beside)
+    write_json(out.with_suffix(".json"), evaluation.to_dict())
     return evaluation
 
 
@@ -65,7 +66,7 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
     packed = sum(layer.quantized.nbytes for layer in layers)
     print(f"   {len(layers)} linears, {weights:,} weights in NF4 with double quantization: {packed:,} bytes, "
           f"{layers[0].quantized.bits_per_param:.3f} bits a weight (16-bit: {2 * weights:,} bytes)")
-    before = _score(base, out / "data" / "test.csv", out / "before.json", quiet)
+    before = _score(base, out / "data", out / "before", quiet)
     print("   " + _line("before", before))
 
     print("3. QLoRA: frozen 4-bit base, low-rank updates on all seven linears of each block")
@@ -76,7 +77,7 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
 
     print("4. After: the same notes, the same decoding")
     tuned = Predictor.load("tiny", adapter=out / "run")
-    after = _score(tuned, out / "data" / "test.csv", out / "after.json", quiet)
+    after = _score(tuned, out / "data", out / "after", quiet)
     print("   " + _line("before", before))
     print("   " + _line("after", after))
     print("\n".join("   " + line for line in format_table(after).splitlines()))
@@ -85,8 +86,9 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
     print(f"5. The worked example, a sentence that stands in no generated file\n   note:  {WORKED_EXAMPLE}\n"
           f"   label: {answer.label} (probability {answer.probability or 0:.2f}; right is {EXPECTED})")
     picture = draw_demo(out, before, after)
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Scores, run folder" + (" and demo.png" if picture else "")
-          + f" in {out}.")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Scores, answers (before/ and after/), run folder"
+          + (" and demo.png" if picture else "") + f" in {out}.")
+    print(f"As a page: minilora report {out / 'run'}")
     print("The same for Meditron-7B, on your own notes (columns are named by flags):\n"
           "   minilora train --model epfl-llm/meditron-7b --data notes.csv --input-column note --label-column label \\\n"
           "                  --template inst --gradient-checkpointing --batch-size 1 --accumulate 16 --out run")

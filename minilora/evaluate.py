@@ -10,112 +10,58 @@ a model wrote freely, which may repeat one, is in no table here unless it is a k
 """
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from minilora.calibration import calibration_error
-from minilora.clinical import ClosePair, clinical_difference, close_pairs
+from minilora.calibration import calibration_error, coverage, picked, reliability
+from minilora.clinical import clinical_difference, close_pairs, weigh_errors
+from minilora.compare import compare_answers, p_said
 from minilora.data.table_writer import TableWriter, added_columns
+from minilora.duplicates import THRESHOLD, Twins
 from minilora.embed import Embedder
 from minilora.errors import ConfigError, DataError
+from minilora.evaluation import (
+    LISTED,
+    OTHER,
+    Baseline,
+    Confusion,
+    ConfusionMatrix,
+    CosineHistogram,
+    CoveragePoint,
+    Evaluation,
+    LabelRow,
+    NearDuplicates,
+    ReliabilityBin,
+)
 from minilora.files import write_json
 from minilora.metrics import (
     Floats,
     Pairs,
     bootstrap_intervals,
+    cosine_histogram,
     count_pairs,
     label_scores,
     normalize_label,
     number_labels,
     summarize,
+    top_k,
     weighted_f1,
 )
 
-LISTED = 20     # close pairs, and confusions, that are kept
-OTHER = "(another answer)"
+RUNNER_UP = ("runner_up", "runner_up_probability")
 
-
-@dataclass(frozen=True)
-class LabelRow:
-    """One label: references, predictions, precision, recall, F1, mean cosine of the answers to its references."""
-
-    label: str
-    n: int
-    predicted: int
-    precision: float
-    recall: float
-    f1: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """An error: what was right, what was answered, how often, how close cosine calls them, what differs clinically."""
-
-    reference: str
-    prediction: str
-    n: int
-    cosine: float
-    difference: str | None
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What an answer that ignores the note scores; `label` where it is always the same."""
-
-    exact_match: float
-    macro_f1: float
-    cosine: float
-    label: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of n predictions; every rate lies in [0, 1].
-
-    Attributes:
-        exact_match: share of predictions equal to their reference (`metrics.normalize_label`).
-        macro_f1: mean F1 over the labels that occur among the references; weighted_f1: weighted by their number.
-        cosine: mean cosine of prediction's and reference's embeddings; a negative one counts as 0, an empty answer as 0.
-        intervals: 95 % bootstrap interval (low, high) of exact_match, macro_f1 and cosine.
-        baselines: "shuffled" (a seeded permutation of the references) and "majority" (their most frequent label).
-        per_label: every reference label, by name.
-        close_pairs: see `clinical.close_pairs`; only reference labels.
-        confusions: the most frequent errors. outside: predictions that are no reference label.
-        mean_probability, calibration_error: of the given probabilities, None without (ten bins).
-    """
-
-    n: int
-    exact_match: float
-    macro_f1: float
-    weighted_f1: float
-    cosine: float
-    intervals: dict[str, tuple[float, float]]
-    baselines: dict[str, Baseline]
-    per_label: list[LabelRow]
-    close_pairs: list[ClosePair]
-    confusions: list[Confusion]
-    outside: int
-    mean_probability: float | None
-    calibration_error: float | None
-    seed: int
-    resamples: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, as metrics.json holds them."""
-        return dataclasses.asdict(self)
+__all__ = ["OTHER", "Baseline", "Evaluation", "evaluate", "format_table", "save_evaluation"]
 
 
 def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Embedder,
              probabilities: Sequence[float] | None = None, seed: int = 0, resamples: int = 1000,
-             labels: Sequence[str] = ()) -> Evaluation:
+             labels: Sequence[str] = (), ranked: Sequence[Sequence[str]] | None = None,
+             others: Mapping[str, Sequence[str]] | None = None, twins: Twins | None = None) -> Evaluation:
     """Score predicted labels against the right ones.
 
     Args:
@@ -124,6 +70,9 @@ def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Em
         probabilities: of the predictions, each in [0, 1].
         seed: of bootstrap and shuffled baseline. resamples: of the bootstrap.
         labels: names beside the references that confusions may spell out, i.e. the set that answers were chosen from.
+        ranked: of each row the most probable labels, the answer first.
+        others: what other methods answered to the same rows, by name: scored as baselines, and compared with row by row.
+        twins: how close each row comes to the training table (`duplicates.find_twins`).
 
     Raises:
         DataError: nothing to score, unequal lengths, an empty reference, a probability outside [0, 1].
@@ -140,8 +89,13 @@ def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Em
         raise DataError(f"reference {empty + 1} of {n} is empty; fill it in or remove its row")
     if resamples < 1:
         raise ConfigError(f"resamples must be at least 1, not {resamples}")
-    names, codes = number_labels([*references, *predictions])
-    reference, prediction = codes[:n], codes[n:]
+    others = others or {}
+    uneven = next((name for name, answers in others.items() if len(answers) != n), None)
+    if uneven is not None or (ranked is not None and len(ranked) != n) or (twins is not None and len(twins.similarity) != n):
+        raise DataError(f"{uneven or 'the ranking, or what is near the training table,'} has not one entry for each of the {n} "
+                        "rows; give one each a row")
+    names, codes = number_labels([*references, *predictions, *(label for answers in others.values() for label in answers)])
+    reference, prediction, *more = np.split(codes, len(codes) // n)
     vectors, rng = _embed(embedder, names), np.random.default_rng(seed)
     pairs = count_pairs(reference, prediction, vectors)
     scores, rates = _first(summarize(pairs)), label_scores(pairs)
@@ -151,23 +105,61 @@ def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Em
     shuffled = _first(summarize(count_pairs(reference, rng.permutation(reference), vectors)))
     constant = _first(summarize(count_pairs(reference, np.full_like(reference, majority), vectors)))
     baselines = {"shuffled": Baseline(label=None, **shuffled), "majority": Baseline(label=names[majority], **constant)}
+    right = reference == prediction
+    for name, answers in zip(others, more, strict=True):
+        baselines[name] = Baseline(label=None, **_first(summarize(count_pairs(reference, answers, vectors))))
+    comparisons = {name: compare_answers(right, reference == answers, seed, resamples)
+                   for name, answers in zip(others, more, strict=True)}
     rows = [LabelRow(names[k], int(rates.n[k]), int(rates.predicted[k]), float(rates.precision[k]),
                      float(rates.recall[k]), float(rates.f1[k]), float(rates.cosine[k])) for k in known]
-    mean_probability = error = None
-    if probabilities is not None:
-        given = np.asarray(probabilities, dtype=np.float64)
-        # Trap: NaN fails every comparison, so ask for what must hold. The exp of a rounded log may exceed 1.
-        if not ((given >= 0) & (given <= 1 + 1e-5)).all():
-            raise DataError("a probability is not between 0 and 1; give probabilities, not logits or percentages")
-        given = given.clip(0, 1)
-        mean_probability, error = float(given.mean()), calibration_error(given, reference == prediction)
+    given = _probabilities(probabilities) if probabilities is not None else None
+    bins, points = _curves(given, right) if given is not None else ([], [])
     allowed = {normalize_label(label) for label in labels}
     shown = {code for code, name in enumerate(names) if normalize_label(name) in allowed}.union(known)
     outside = int(pairs.count[~np.isin(pairs.prediction, known)].sum())
-    return Evaluation(n, **scores, weighted_f1=weighted_f1(rates), intervals=intervals, baselines=baselines,
+    rows_by_cosine, wrong_by_cosine = cosine_histogram(pairs)
+    return Evaluation(n, scores["exact_match"], scores["macro_f1"], weighted_f1(rates), scores["cosine"], intervals, baselines,
                       per_label=rows, close_pairs=close_pairs(known, names, vectors, pairs, LISTED),
-                      confusions=_confusions(pairs, names, shown), outside=outside, mean_probability=mean_probability,
-                      calibration_error=error, seed=seed, resamples=resamples)
+                      confusions=_confusions(pairs, names, shown), outside=outside,
+                      mean_probability=float(given.mean()) if given is not None else None,
+                      calibration_error=calibration_error(given, right) if given is not None else None, seed=seed,
+                      resamples=resamples, clinical=weigh_errors(pairs, names, shown, rng, resamples),
+                      cosine_histogram=CosineHistogram(rows_by_cosine.tolist(), wrong_by_cosine.tolist()),
+                      confusion_matrix=_confusion_matrix(pairs, names, shown),
+                      top_k=top_k(ranked, references) if ranked is not None else {}, reliability=bins, coverage=points,
+                      comparisons=comparisons, near_duplicates=_near_duplicates(twins, right) if twins is not None else None)
+
+
+def _probabilities(values: Sequence[float]) -> Floats:
+    given = np.asarray(values, dtype=np.float64)
+    # Trap: NaN fails every comparison, so ask for what must hold. The exp of a rounded log may exceed 1.
+    if not ((given >= 0) & (given <= 1 + 1e-5)).all():
+        raise DataError("a probability is not between 0 and 1; give probabilities, not logits or percentages")
+    return np.asarray(given.clip(0, 1))
+
+
+def _curves(given: Floats, right: NDArray[np.bool_]) -> tuple[list[ReliabilityBin], list[CoveragePoint]]:
+    """The reliability curve, and the points of the coverage curve that a table shows."""
+    found, curve = reliability(given, right), coverage(given, right)
+    columns = (found.n.tolist(), found.probability.tolist(), found.accuracy.tolist())
+    return [ReliabilityBin(*values) for values in zip(*columns, strict=True)], [
+        CoveragePoint(float(curve.threshold[at]), float(curve.share[at]), float(curve.accuracy[at])) for at in picked(curve)]
+
+
+def _confusion_matrix(pairs: Pairs, names: list[str], shown: set[int]) -> ConfusionMatrix:
+    codes = sorted({code for code in (*pairs.reference.tolist(), *pairs.prediction.tolist()) if code in shown},
+                   key=lambda code: names[code])
+    places = {code: place for place, code in enumerate(codes)}
+    cells: dict[tuple[int, int], int] = {}
+    for a, b, count in zip(pairs.reference.tolist(), pairs.prediction.tolist(), pairs.count.tolist(), strict=True):
+        cell = (places[a], places.get(b, len(codes)))
+        cells[cell] = cells.get(cell, 0) + count
+    return ConfusionMatrix([*(names[code] for code in codes), OTHER], [(*cell, cells[cell]) for cell in sorted(cells)])
+
+
+def _near_duplicates(twins: Twins, right: NDArray[np.bool_]) -> NearDuplicates:
+    alone = right[twins.similarity == 0]
+    return NearDuplicates(twins.same, twins.near, THRESHOLD, len(alone), float(alone.mean()) if len(alone) else None)
 
 
 def _first(scores: dict[str, Floats]) -> dict[str, float]:
@@ -201,24 +193,53 @@ def _confusions(pairs: Pairs, names: list[str], shown: set[int]) -> list[Confusi
 
 
 def save_evaluation(evaluation: Evaluation, folder: str | Path, rows: Sequence[Mapping[str, str]], predictions: Sequence[str],
-                    probabilities: Sequence[float | None] | None = None) -> None:
+                    probabilities: Sequence[float | None] | None = None,
+                    runners_up: Sequence[tuple[str | None, float | None]] | None = None) -> None:
     """Write metrics.json and predictions.csv, the latter for its owner only (it holds the notes).
 
-    Args: rows: the input's cells by column. predictions, probabilities: of each row; without a probability its cell is empty.
+    Args:
+        rows: the input's cells by column. predictions, probabilities: of each row; without a probability its cell is empty.
+        runners_up: the second best label and its probability; default no columns for them.
+
     Raises:
-        DataError: unequal lengths, or an input column named prediction or probability.
+        DataError: unequal lengths, or an input column named as one that is added.
         OutputError: the folder cannot be written.
     """
     chances = list(probabilities) if probabilities is not None else [None] * len(rows)
-    if not len(rows) == len(predictions) == len(chances):
-        raise DataError(f"{len(rows)} rows, {len(predictions)} predictions and {len(chances)} probabilities don't match; "
-                        "give one each a row")
+    seconds: list[dict[str, str | float | None]] = [{} for _ in rows]
+    if runners_up is not None:
+        seconds = [dict(zip(RUNNER_UP, second, strict=True)) for second in runners_up]
+    if not len(rows) == len(predictions) == len(chances) == len(seconds):
+        raise DataError(f"{len(rows)} rows, {len(predictions)} predictions, {len(chances)} probabilities and {len(seconds)} "
+                        "runners-up don't match; give one each a row")
     folder, found = Path(folder), list(dict.fromkeys(column for row in rows for column in row))
-    columns = added_columns("the input", found, ("prediction", "probability"))
+    columns = added_columns("the input", found, ("prediction", "probability", *(RUNNER_UP if runners_up is not None else ())))
     with TableWriter(folder / "predictions.csv", columns, overwrite=True) as writer:
-        for row, prediction, chance in zip(rows, predictions, chances, strict=True):
-            writer.write({**row, "prediction": prediction, "probability": chance})
+        for row, prediction, chance, second in zip(rows, predictions, chances, seconds, strict=True):
+            writer.write({**row, "prediction": prediction, "probability": chance, **second})
     write_json(folder / "metrics.json", evaluation.to_dict())
+
+
+def _width(name: str) -> int:
+    return max(10, len(name) + 2)
+
+
+def _beside(evaluation: Evaluation) -> list[str]:
+    """Errors weighed, rows that the training table holds, and whether other methods are better."""
+    low, high = evaluation.clinical.interval
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(evaluation.clinical.kinds.items(), key=lambda entry: -entry[1]))
+    lines = [f"{'clinical cost':<13}{evaluation.clinical.cost:>6.3f}  [{low:.3f}, {high:.3f}]  {kinds}".rstrip()]
+    twins = evaluation.near_duplicates
+    if twins is not None:
+        without = f"; exact match without them {twins.exact_match_without:.3f}" if twins.exact_match_without is not None else ""
+        lines.append(f"{twins.same:,} notes stand in the training table, {twins.near:,} nearly"
+                     + (without if twins.same + twins.near else ""))
+    for name, found in evaluation.comparisons.items():
+        low, high = found.interval
+        lines.append(f"against {name}: {100 * found.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], alone right "
+                     f"in {found.only_ours:,} against {found.only_other:,}, McNemar {p_said(found.p_value)}: "
+                     f"{found.verdict()}")
+    return lines
 
 
 def format_table(evaluation: Evaluation, worst: int = 5) -> str:
@@ -227,12 +248,15 @@ def format_table(evaluation: Evaluation, worst: int = 5) -> str:
     Args: worst: rows of each list.
     """
     head = f"{f'{evaluation.n:,} rows':<12}{'score':>7}  {'95 % interval':<14}"
-    lines = [head + "".join(f"{name:>10}" for name in evaluation.baselines)]
+    lines = [head + "".join(f"{name:>{_width(name)}}" for name in evaluation.baselines)]
     for name, key in (("exact match", "exact_match"), ("macro F1", "macro_f1"), ("cosine", "cosine")):
         low, high = evaluation.intervals[key]
         lines.append(f"{name:<12}{getattr(evaluation, key):>7.3f}  [{low:.3f}, {high:.3f}]"
-                     + "".join(f"{getattr(baseline, key):>10.3f}" for baseline in evaluation.baselines.values()))
+                     + "".join(f"{getattr(guess, key):>{_width(guess_name)}.3f}"
+                               for guess_name, guess in evaluation.baselines.items()))
     lines.append(f"{'weighted F1':<12}{evaluation.weighted_f1:>7.3f}")
+    lines += [f"{f'in the top {k}':<12}{share:>7.3f}" for k, share in evaluation.top_k.items() if k != "1"]
+    lines += _beside(evaluation)
     if evaluation.mean_probability is not None and evaluation.calibration_error is not None:
         lines.append(f"mean probability {evaluation.mean_probability:.3f}, "
                      f"calibration error {evaluation.calibration_error:.3f}")

@@ -1,8 +1,8 @@
 """Writing without losing anything: temporary name, fsync, rename.
 
 ``os.replace`` is atomic within one file system: a reader sees the old file or the whole new one, and a kill at any
-instant leaves at worst a ``.tmp-…`` sibling.  The data is synced before the rename and the folder after it, so a power
-cut cannot leave the new name with old blocks.
+instant leaves at worst a ``.tmp-…`` sibling, which counts as nothing and is cleared away by the next run.  The data is synced
+before the rename and the folder after it, so a power cut cannot leave the new name with old blocks.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from minilora.errors import OutputError
 
 # Trap: safetensors says a full disk in an exception of its own, which is no OSError.
 DISK_ERRORS = (OSError, SafetensorError)
+TEMPORARY = ".tmp-"         # how the name of everything begins that is not finished yet
 
 
 def disk_reason(error: Exception) -> str:
@@ -37,7 +38,8 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Sync a file's contents to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -54,7 +56,7 @@ def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Pat
         OutputError: the folder is missing, read-only or full.
     """
     final = Path(path)
-    temporary = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+    temporary = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, mode)
         os.close(descriptor)
@@ -62,14 +64,15 @@ def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Pat
         yield temporary
         # Trap: a library may have replaced the file instead of writing into it, with its own default mode.
         os.chmod(temporary, mode)
-        _sync_file(temporary)
+        sync_file(temporary)
         os.replace(temporary, final)
         sync_folder(final.parent)
     except DISK_ERRORS as error:
         raise OutputError(f"cannot write {final}: {disk_reason(error)}; check the folder, its free space and "
                           "permissions") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):         # a disk that refuses everything: the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, mode: int = 0o644) -> None:
@@ -90,8 +93,8 @@ def check_output(path: str | os.PathLike[str], overwrite: bool, marker: str = ""
         marker: a file that every folder of this kind holds; one without it is somebody else's, and is never replaced.
 
     Raises:
-        OutputError: `path` exists (an empty folder doesn't count) and `overwrite` is False, or it lacks the marker, or its
-            parent is a file.
+        OutputError: `path` exists (a folder with nothing in it but leftovers doesn't count) and `overwrite` is False, or it
+            lacks the marker, or its parent is a file.
     """
     final = Path(path)
     for parent in final.absolute().parents:
@@ -99,12 +102,31 @@ def check_output(path: str | os.PathLike[str], overwrite: bool, marker: str = ""
             if not parent.is_dir():
                 raise OutputError(f"cannot write {final}: {parent} is a file, not a folder")
             break
-    in_use = any(final.iterdir()) if final.is_dir() else final.exists()
+    in_use = any(not is_leftover(path) for path in final.iterdir()) if final.is_dir() else final.exists()
     if in_use and not overwrite:
         raise OutputError(f"{final} exists already; choose another output or pass --overwrite")
     if in_use and marker and not (final / marker).is_file():
         raise OutputError(f"{final} exists and holds no {marker}, so it is no earlier output of this kind; choose another "
                           "output")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is what a killed write left: its name says that it was never finished."""
+    return path.name.startswith(TEMPORARY)
+
+
+def clear_leftovers(folder: Path, keep: str = "") -> None:
+    """Remove what killed writes left in a folder, files and folders, but for the one named `keep`.
+
+    Raises: OSError: the disk refuses.
+    """
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.name == keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -118,17 +140,16 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: st
     check_output(final, overwrite, marker)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
     except OSError as error:
         raise OutputError(f"cannot create {final}: {error.strerror or error}") from error
     try:
         yield temporary
         os.chmod(temporary, 0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
+        for inner in (*temporary.rglob("*"), temporary):     # Trap: a folder's entries are data as well
+            sync_folder(inner) if inner.is_dir() else sync_file(inner)
         if final.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-old-", dir=final.parent))
+            retired = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-old-", dir=final.parent))
             os.replace(final, retired / final.name)
             os.replace(temporary, final)
             shutil.rmtree(retired, ignore_errors=True)

@@ -69,6 +69,76 @@ def answer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-column", default="input", help="column of notes")
 
 
+def score_flags(parser: argparse.ArgumentParser) -> None:
+    """What is scored, what measures the answers, and what they are held against."""
+    parser.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
+    parser.add_argument("--label-column", default="label", help="column of labels")
+    parser.add_argument("--out", required=True, help="folder for metrics.json and predictions.csv")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--embedder", default="base",
+                        help="what measures cosine similarity: base (the base model itself), minilm (extra [minilm]), or the "
+                             "folder of a sentence-transformers BERT")
+    parser.add_argument("--train", metavar="FILE",
+                        help="table that the model was trained on: notes that nearly stand there are counted (default: the "
+                             "run's own, where it still lies)")
+    parser.add_argument("--baseline", action="store_true",
+                        help="train a bag of words on that table and score it beside the model (extra [baseline])")
+    parser.add_argument("--against", nargs="+", default=[], metavar="SCORES",
+                        help="other evaluations of this table: folders that evaluate wrote, or tables of predictions")
+
+
+def compare_flags(parser: argparse.ArgumentParser) -> None:
+    """Two evaluations."""
+    parser.add_argument("ours", metavar="SCORES", help="what evaluate wrote, a run folder around it, or a table of predictions")
+    parser.add_argument("other", metavar="OTHER", help="the same of another method, on the same rows")
+    parser.add_argument("--label-column", default="label", help="column of labels")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+
+def predict_flags(parser: argparse.ArgumentParser) -> None:
+    """One note, or a table."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--note", help="one note; prints the label alone on the first line")
+    what.add_argument("--data", help="table of notes: CSV, JSONL or Parquet; needs --out")
+    parser.add_argument("--out", help="table to write: the input's columns, then prediction, probability, error, runner_up, "
+                                      "runner_up_probability")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on where an earlier prediction of --out was interrupted; the bytes are the same")
+    parser.add_argument("--spark", action="store_true",
+                        help="by PySpark on this machine (extra [spark], Java 17): --out is a folder of such tables")
+    parser.add_argument("--workers", type=int, metavar="N", help="Python processes of --spark (default: one a core)")
+
+
+def data_flags(parser: argparse.ArgumentParser) -> None:
+    """What `data` writes, and how `data check` reads a table."""
+    parser.add_argument("out", help="folder to create; or the word check, and behind it a table")
+    parser.add_argument("table", nargs="?", help="table to look over: CSV, JSONL or Parquet; no note of it is shown")
+    parser.add_argument("--n", type=int, default=10_000, help="notes in all three splits together (80/10/10)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
+    parser.add_argument("--input-column", default="input", help="column of notes (check)")
+    parser.add_argument("--label-column", help="column of labels (check; default: label, if there is one)")
+    parser.add_argument("--model", default="tiny", help="whose tokens are counted (check)")
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens that training is to read (check)")
+    parser.add_argument("--json", metavar="FILE", help="write what was found there as well (check)")
+
+
+STORE_FLAGS = ("mlflow", "experiment", "register", "alias", "registry")
+
+
+def store_flags(parser: argparse.ArgumentParser, registers: bool = True) -> None:
+    """Where runs are tracked and models registered."""
+    group = parser.add_argument_group("MLflow (extra [mlflow])")
+    group.add_argument("--mlflow", nargs="?", const="sqlite:///mlflow.db", metavar="URI",
+                       help="tracking store: without URI a file here, sqlite:///mlflow.db, and no server; http://HOST:PORT; "
+                            "databricks")
+    group.add_argument("--experiment", default="minilora", metavar="NAME", help="for runs that belong together")
+    if registers:
+        group.add_argument("--register", metavar="NAME",
+                           help="keep the model in the registry under this name (in Unity Catalog: catalog.schema.model)")
+        group.add_argument("--alias", metavar="NAME", help="of the version that is registered, such as champion")
+        group.add_argument("--registry", metavar="URI", help="the registry, where it is not the tracking store (databricks-uc)")
+
+
 def out_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that writes has."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -97,3 +167,13 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
                         help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def course_flags(lesson: argparse.ArgumentParser, check: argparse.ArgumentParser) -> None:
+    """Which lesson, and what to grade."""
+    lesson.add_argument("number", type=int, nargs="?", metavar="N", help="number of the lesson; without it, what there is")
+    lesson.add_argument("--no-pause", action="store_true", help="do not wait where a prediction is asked for")
+    what = check.add_mutually_exclusive_group(required=True)
+    what.add_argument("number", type=int, nargs="?", metavar="N", help="number of the exercise")
+    what.add_argument("--all", action="store_true", help="every exercise: how far you are in the course")
+    check.add_argument("--file", metavar="F", help="grade this file (default: lessons/exercises/NN.py)")

@@ -1,15 +1,17 @@
 """From a model's name to a model that is ready to run or train."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from minilora.adapters import load_adapter, read_adapter_config
-from minilora.errors import ConfigError
+from minilora.errors import CheckpointError, ConfigError
 from minilora.hub import resolve_model
 from minilora.llama.checkpoint import load_checkpoint
+from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.own_base import own_base
@@ -49,6 +51,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that there are for a process: the GPU's; the machine's with its swap, or what its container may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return 1 << 62              # not told on this system: nothing is refused
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists():
+        swap = next((line for line in meminfo.read_text().splitlines() if line.startswith("SwapTotal:")), "SwapTotal: 0 kB")
+        found += int(swap.split()[1]) * 1024
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return min(found, int(allowed)) if allowed.isdigit() else found
+
+
+def check_memory(folder: Path, quantize: Literal["nf4"] | None, double_quant: bool, blocksize: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+    """Refuse a model whose weights alone would not fit, by config.json, before any of them is read.
+
+    Raises: CheckpointError: names what it needs and what there is.
+    """
+    config = LlamaConfig.from_json(folder / "config.json")
+    linears = linear_parameters(config)
+    bits = 4 + (8 + 32 / 256 if double_quant else 32) / blocksize if quantize else 8 * dtype.itemsize
+    needed = linears * bits / 8 + (num_parameters(config) - linears) * dtype.itemsize
+    total = total_memory(device)
+    if needed > total:
+        raise CheckpointError(f"{folder}: by its config.json the weights take {needed / 1e9:,.1f} GB, and there are "
+                              f"{total / 1e9:,.1f} GB of memory here; {'' if quantize else 'quantize it (--quantize nf4), or '}"
+                              "use a smaller model or a larger machine")
+
+
 def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf4", double_quant: bool = True,
                dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", adapter: str | Path | None = None,
                blocksize: int = 64, pad_vocab: bool = False, revision: str | None = None, progress: bool = False,
@@ -79,6 +113,7 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
         read_adapter_config(adapter)        # a bad one is refused before gigabytes are read
     own = own_base(adapter) if adapter is not None else None
     folder = own or resolve_model(path_or_hub_id, revision=revision, progress=progress)
+    check_memory(folder, quantize, double_quant, blocksize, dtype, device)
     if cache and quantize == "nf4" and own is None and folder != resolve_model("tiny"):
         model = load_through_cache(folder, double_quant, blocksize, dtype, device, pad_vocab, progress)
     else:

@@ -29,6 +29,10 @@ def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     carries_loss = targets != IGNORED
     # The last block is needed only where a label token is predicted: L positions a row, those of short labels filled up.
     longest = int(carries_loss.sum(1).max())
+    # Where most are needed, picking them out, and a mask of who sees whom, costs more than the rest of them.
+    if 2 * longest > targets.shape[1]:
+        hidden = model.hidden(batch.input_ids)[:, :-1][carries_loss]
+        return head_loss(model.lm_head, hidden, targets[carries_loss])
     at = carries_loss.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]     # (B, L)
     wanted = carries_loss.gather(1, at)
     hidden = model.hidden(batch.input_ids, at=at)[wanted]                                  # (label tokens, hidden)

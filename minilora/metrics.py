@@ -151,3 +151,25 @@ def bootstrap_intervals(pairs: Pairs, resamples: int, rng: np.random.Generator,
     edges = (50 * (1 - level), 50 * (1 + level))
     found = {name: np.percentile(np.concatenate(values), edges).clip(0, 1) for name, values in draws.items()}
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
+
+def top_k(ranked: Sequence[Sequence[str]], references: Sequence[str], most: Sequence[int] = (1, 2, 3, 5)) -> dict[str, float]:
+    """Share of rows whose reference is among the k most probable labels, by k as text (JSON has no other keys).
+
+    Args: ranked: of each row its labels, the most probable first; what a row lacks is a miss. most: values of k.
+    Returns: as far as some row has k labels.
+    """
+    longest = max(map(len, ranked), default=0)
+    places = []
+    for labels, reference in zip(ranked, references, strict=True):
+        wanted = normalize_label(reference)
+        places.append(next((place for place, label in enumerate(labels) if normalize_label(label) == wanted), longest))
+    return {str(k): sum(place < k for place in places) / len(places) for k in most if k <= longest}
+
+
+def cosine_histogram(pairs: Pairs, bins: int = 20) -> tuple[Ints, Ints]:
+    """Rows by the cosine of answer and reference in bins of equal width over [0, 1]: (bins,) of all, and of the wrong ones."""
+    # Rounded: the cosine of two equal vectors may come out a hair below 1, and bins are closed above only at 1.
+    which = np.minimum((pairs.cosine.round(9) * bins).astype(np.int64), bins - 1)
+    wrong = pairs.count * (pairs.reference != pairs.prediction)
+    return (np.bincount(which, pairs.count, bins).astype(np.int64), np.bincount(which, wrong, bins).astype(np.int64))

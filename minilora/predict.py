@@ -5,6 +5,8 @@ Without, the model writes freely (greedy) and the answer may be anything.
 """
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,35 +28,49 @@ from minilora.data.prompts import (
 )
 from minilora.data.table_writer import TableWriter, added_columns
 from minilora.data.tables import iter_table, read_columns, read_labels
-from minilora.errors import CheckpointError, ConfigError, OutputError
+from minilora.errors import CheckpointError, ConfigError, DataError, OutputError
 from minilora.files import check_output
 from minilora.generate import generate_ids
 from minilora.hub import resolve_model
+from minilora.identity import fingerprint
+from minilora.journal import Journal, check_unfinished
 from minilora.layers.qlora import Quantization
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
-from minilora.trie import LabelTrie, predict_labels
+from minilora.trie import LabelTrie, score_labels
 
 FREE_TOKENS = 48        # longest free answer
 ROWS_AT_ONCE = 512      # of a table: sorted by length among themselves, then written in order
-ADDED_COLUMNS = ("prediction", "probability", "error")
+RANKED = 5              # most probable labels that are kept of each row
+ADDED_COLUMNS = ("prediction", "probability", "error", "runner_up", "runner_up_probability")
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer. `probability` is over the label set, None for a free answer; `error` says why there is no answer."""
+    """An answer.
+
+    Attributes:
+        label: "" where there is none. error: why there is none.
+        probability: over the label set; None for a free answer. runner_up, runner_up_probability: the second most probable.
+        ranked: the most probable labels, at most `RANKED`, the answer first; none for a free answer.
+    """
 
     label: str
     probability: float | None = None
     runner_up: str | None = None
     error: str | None = None
+    runner_up_probability: float | None = None
+    ranked: tuple[str, ...] = ()
 
 
 @dataclass
 class Predictor:
-    """A model, its tokenizer, the prompt it was trained with, and the labels it may answer (None: anything)."""
+    """A model, its tokenizer, the prompt it was trained with, and the labels it may answer (None: anything).
+
+    `name` and `adapter` say where the model came from, for the records.
+    """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
@@ -62,6 +78,8 @@ class Predictor:
     labels: list[str] | None
     max_length: int
     batch_size: int = 16
+    name: str = ""
+    adapter: Path | None = None
 
     def __post_init__(self) -> None:
         self.trie = LabelTrie(self.labels, self.tokenizer) if self.labels is not None else None
@@ -108,7 +126,8 @@ class Predictor:
         loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=how.double_quant,
                             blocksize=how.blocksize, dtype=compute, device=on, adapter=adapter, pad_vocab=pad_vocab,
                             cache=cache)
-        return cls(loaded, tokenizer, prompt, known, max_length or length)
+        return cls(loaded, tokenizer, prompt, known, max_length or length, name=model,
+                   adapter=Path(adapter) if adapter is not None else None)
 
     def predict(self, notes: Sequence[str]) -> list[Prediction]:
         """Label notes; an empty one gets an error instead of an answer."""
@@ -128,9 +147,11 @@ class Predictor:
             written = generate_ids(self.model, self.tokenizer, prompts, max_new_tokens=FREE_TOKENS, batch_size=self.batch_size)
             yield from (Prediction(self.tokenizer.decode(ids).strip()) for ids in written)
             return
-        labels, probabilities, runners_up = predict_labels(self.model, self.tokenizer, prompts, self.trie)
-        for label, probability, runner_up in zip(labels, probabilities, runners_up, strict=True):
-            yield Prediction(label, float(probability), runner_up)
+        best = score_labels(self.model, self.trie, prompts).topk(min(RANKED, len(self.trie)), dim=-1)
+        for codes, chances in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True):
+            ranked = tuple(self.trie.labels[code] for code in codes)
+            second = (ranked[1], chances[1]) if len(ranked) > 1 else (None, None)
+            yield Prediction(ranked[0], chances[0], second[0], None, second[1], ranked)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -140,40 +161,65 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def check_tables(data: str | Path, out: str | Path, input_column: str, overwrite: bool = False) -> list[str]:
+def check_tables(data: str | Path, out: str | Path, input_column: str, overwrite: bool = False,
+                 resume: bool = False) -> list[str]:
     """Find what would stop `predict_table` at its first row, so that no model need be loaded for it.
 
     Returns: the columns of the output.
-    Raises: DataError, OutputError.
+    Raises: DataError, OutputError. ConfigError: both to go on and to begin anew.
     """
+    if overwrite and resume:
+        raise ConfigError("--resume goes on and --overwrite begins anew; give one of the two")
     check_output(out, overwrite)
     table_format(Path(out), None, OutputError)
     if Path(out).is_dir():
         raise OutputError(f"{out} is a folder; name a file")
     if not Path(out).absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {Path(out).parent}; make it first")
+    check_unfinished(out, resume, overwrite)
     columns = added_columns(data, read_columns(data), ADDED_COLUMNS)
     next(iter_table(data, input_column))
     return columns
 
 
+def _identity(predictor: Predictor, input_column: str) -> str:
+    """A hash of everything that decides an answer beside the note."""
+    decides = [fingerprint(predictor.model), predictor.labels, predictor.template.text, predictor.max_length,
+               predictor.batch_size, input_column, ROWS_AT_ONCE]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
 def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input_column: str, overwrite: bool = False,
-                  quiet: bool = False) -> int:
-    """Label a table row by row: the input's columns, then prediction, probability, error; owner-only.
+                  quiet: bool = False, resume: bool = False) -> int:
+    """Label a table row by row: the input's columns, then `ADDED_COLUMNS`; owner-only, in constant memory.
 
     Args:
-        data: CSV, JSONL or Parquet. out: the same formats, by suffix; nothing is left of it on failure.
+        data: CSV, JSONL or Parquet. out: the same formats, by suffix; it appears whole or not at all.
+        resume: go on where an earlier call for `out` was interrupted (`journal`), if one was.
 
     Returns: rows written.
-    Raises: DataError, OutputError.
+    Raises: DataError, OutputError, ConfigError. What was answered until then is kept for `resume`.
+    Guarantee: rows keep their order; killed and resumed, the bytes are the same (tests/test_resume.py).
     """
-    columns = check_tables(data, out, input_column, overwrite)
+    columns = check_tables(data, out, input_column, overwrite, resume)
     rows = 0
-    with TableWriter(out, columns, overwrite) as writer, tqdm(desc="predict", unit="row", disable=quiet) as progress:
-        for chunk in chunks(iter_table(data, input_column), ROWS_AT_ONCE):
-            for row, answer in zip(chunk, predictor.predict([row.text for row in chunk]), strict=True):
-                writer.write({**row.values, "prediction": answer.label, "probability": answer.probability,
-                              "error": answer.error})
-            rows += len(chunk)
-            progress.update(len(chunk))
+    with (Journal(Path(out), _identity(predictor, input_column), resume) as journal,
+          TableWriter(out, columns, overwrite) as writer, tqdm(desc="predict", unit="row", disable=quiet) as progress):
+        try:
+            for chunk in chunks(iter_table(data, input_column), ROWS_AT_ONCE):
+                notes = [row.text for row in chunk]
+                answers = journal.recorded(notes)
+                if answers is None:
+                    answers = [[it.label, it.probability, it.error, it.runner_up, it.runner_up_probability]
+                               for it in predictor.predict(notes)]
+                    journal.record(notes, answers)
+                for row, answer in zip(chunk, answers, strict=True):
+                    writer.write({**row.values, **dict(zip(ADDED_COLUMNS, answer, strict=True))})
+                rows += len(chunk)
+                progress.update(len(chunk))
+        except DataError as error:
+            if journal.rows:
+                raise DataError(f"{error} (the answers to {journal.rows:,} rows are kept: mend the table and add --resume)"
+                                ) from error
+            raise
     return rows

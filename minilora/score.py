@@ -1,18 +1,51 @@
-"""Scoring a predictor on a labelled table: predictions, then `evaluate`, then the files."""
+"""Scoring a predictor on a labelled table: predictions, what is held against them, then `evaluate`, then the files."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from minilora.data.tables import Table, added_columns, read_table
-from minilora.embed import embed_texts
-from minilora.evaluate import Evaluation, evaluate, save_evaluation
+from minilora.adapters import WEIGHTS_FILE
+from minilora.baseline import NAME, bag_of_words, require_baseline
+from minilora.bert import BertEmbedder, find_bert
+from minilora.card import file_sha256
+from minilora.compare import aligned_predictions, predictions_file
+from minilora.config import read_toml
+from minilora.data.tables import Row, Table, added_columns, iter_table, read_table
+from minilora.duplicates import Twins, find_twins
+from minilora.embed import Embedder, embed_texts
+from minilora.errors import ConfigError, DataError, MiniloraError
+from minilora.evaluate import RUNNER_UP, Evaluation, evaluate, save_evaluation
+from minilora.evaluation import Scored
 from minilora.files import check_output, new_folder
+from minilora.identity import fingerprint
 from minilora.layers.qlora import base_only
 from minilora.predict import ROWS_AT_ONCE, Prediction, Predictor, chunks
+
+BASE = "base"           # what --embedder calls the model that is scored, its adapter off
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a model's answers are held against; read before a model is loaded, so that nothing is missed after an hour.
+
+    Attributes:
+        embedder: for cosine similarity, None for the base model itself; embedder_name: as it was asked for.
+        train: rows of the table that the model was trained on, labelled if a baseline is trained on them.
+        others: answers of other methods to the same rows, by name.
+    """
+
+    embedder: Embedder | None = None
+    embedder_name: str = BASE
+    train_file: Path | None = None
+    train: list[Row] = field(default_factory=list)
+    baseline: bool = False
+    others: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def predict_all(predictor: Predictor, notes: Sequence[str], quiet: bool = False) -> list[Prediction]:
@@ -25,16 +58,19 @@ def predict_all(predictor: Predictor, notes: Sequence[str], quiet: bool = False)
     return answers
 
 
-def score_predictions(predictor: Predictor, answers: Sequence[Prediction], references: Sequence[str],
-                      seed: int = 0) -> Evaluation:
-    """Evaluate answers, with the base model's own embeddings (adapters off) for cosine similarity."""
+def score_predictions(predictor: Predictor, answers: Sequence[Prediction], references: Sequence[str], seed: int = 0,
+                      embedder: Embedder | None = None, others: Mapping[str, Sequence[str]] | None = None,
+                      twins: Twins | None = None) -> Evaluation:
+    """Evaluate answers; cosine similarity by `embedder`, default the base model's own embeddings (adapters off)."""
     def embed(texts: Sequence[str]) -> Tensor:
         with base_only(predictor.model):
             return embed_texts(predictor.model, predictor.tokenizer, texts)
     probabilities = [answer.probability for answer in answers]
     known = [p for p in probabilities if p is not None]
-    return evaluate([answer.label for answer in answers], references, embed,
-                    probabilities=known if len(known) == len(answers) else None, seed=seed, labels=predictor.labels or ())
+    ranked = [answer.ranked for answer in answers]
+    return evaluate([answer.label for answer in answers], references, embedder or embed,
+                    probabilities=known if len(known) == len(answers) else None, seed=seed, labels=predictor.labels or (),
+                    ranked=ranked if any(ranked) else None, others=others, twins=twins)
 
 
 def read_scored_table(data: str | Path, input_column: str, label_column: str, out: str | Path,
@@ -45,20 +81,78 @@ def read_scored_table(data: str | Path, input_column: str, label_column: str, ou
     """
     check_output(out, overwrite, marker="metrics.json")
     table = read_table(data, input_column, label_column)
-    added_columns(data, table.columns, ("prediction", "probability"))
+    added_columns(data, table.columns, ("prediction", "probability", *RUNNER_UP))
     return table
 
 
+def training_table(run: str | Path) -> tuple[Path, str, str] | None:
+    """The table that a run was trained on, and its columns of notes and labels; None where it is gone or was changed."""
+    folder = Path(run)
+    try:
+        config, card = read_toml(folder / "config.toml"), (folder / "README.md").read_text(encoding="utf-8")
+        data = Path(str(config["data"]))
+        same = data.is_file() and file_sha256(data) in card
+    except (MiniloraError, OSError, KeyError, ValueError):      # another tool's adapter, or a card that somebody rewrote
+        return None
+    return (data, str(config.get("input_column", "input")), str(config.get("label_column", "label"))) if same else None
+
+
+def read_beside(table: Table, embedder: str = BASE, train: tuple[Path, str, str] | None = None, baseline: bool = False,
+                against: Sequence[str | Path] = ()) -> Beside:
+    """Read everything that answers are held against.
+
+    Args:
+        table: that is scored. embedder: `BASE`, "minilm", or a folder. train: the training table with its columns of notes and
+        labels. baseline: train a bag of words on it. against: other evaluations of the table (`compare.predictions_file`).
+
+    Raises: DataError, CheckpointError, ConfigError: something is missing, broken, or of other rows.
+    """
+    others: dict[str, list[str]] = {}
+    for path in against:
+        file = predictions_file(path)
+        folder = file.absolute().parent
+        name = file.stem if file == Path(path) else folder.parent.name if folder.name == "evaluation" else folder.name
+        if name in others or name in ("shuffled", "majority", NAME):
+            raise DataError(f"--against {path}: there is another called {name!r}; rename the folder")
+        others[name] = aligned_predictions(path, [row.values for row in table.rows], table.columns)
+    if baseline:
+        require_baseline()
+        if train is None:
+            raise ConfigError("--baseline needs the table that the model was trained on; name it with --train")
+    rows = list(iter_table(train[0], train[1], train[2] if baseline else None)) if train is not None else []
+    return Beside(None if embedder == BASE else BertEmbedder(find_bert(embedder)), embedder, train[0] if train else None, rows,
+                  baseline, others)
+
+
+def identify(predictor: Predictor, data: str | Path, beside: Beside) -> Scored:
+    """What is scored, for metrics.json."""
+    adapter = predictor.adapter / WEIGHTS_FILE if predictor.adapter is not None else None
+    named = predictor.name
+    return Scored(
+        model=Path(named).name if named.startswith((".", "/", "~")) else named,
+        adapter=file_sha256(adapter) if adapter is not None and adapter.is_file() else None,
+        weights=fingerprint(predictor.model), data=file_sha256(data), embedder=Path(beside.embedder_name).name,
+        labels=None if predictor.labels is None else len(predictor.labels), version=version("minilora"),
+        train=file_sha256(beside.train_file) if beside.train_file is not None else None)
+
+
 def score_table(predictor: Predictor, data: str | Path, input_column: str, label_column: str, out: str | Path, seed: int = 0,
-                overwrite: bool = False, quiet: bool = False) -> Evaluation:
+                overwrite: bool = False, quiet: bool = False, beside: Beside | None = None) -> Evaluation:
     """Predict a labelled table and write metrics.json and predictions.csv (owner-only) into a folder.
 
     Raises: DataError, OutputError.
     """
-    table = read_scored_table(data, input_column, label_column, out, overwrite)
-    answers = predict_all(predictor, [row.text for row in table.rows], quiet)
-    evaluation = score_predictions(predictor, answers, [row.label or "" for row in table.rows], seed)
+    table, beside = read_scored_table(data, input_column, label_column, out, overwrite), beside or Beside()
+    notes, references = [row.text for row in table.rows], [row.label or "" for row in table.rows]
+    answers, others = predict_all(predictor, notes, quiet), dict(beside.others)
+    if beside.baseline:
+        others[NAME] = bag_of_words([(row.text, row.label or "") for row in beside.train], notes, seed=seed)[0]
+    twins = find_twins(notes, [row.text for row in beside.train]) if beside.train else None
+    evaluation = score_predictions(predictor, answers, references, seed, beside.embedder, others, twins)
+    evaluation = dataclasses.replace(evaluation, scored=identify(predictor, data, beside))
     with new_folder(out, overwrite, marker="metrics.json") as temporary:
         save_evaluation(evaluation, temporary, [row.values for row in table.rows], [answer.label for answer in answers],
-                        [answer.probability for answer in answers])
+                        [answer.probability for answer in answers],
+                        None if predictor.labels is None else [(answer.runner_up, answer.runner_up_probability)
+                                                               for answer in answers])
     return evaluation

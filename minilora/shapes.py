@@ -57,14 +57,15 @@ def shape_of(model: str) -> LlamaConfig:
 
 def random_nf4(shape: tuple[int, int], generator: torch.Generator, blocksize: int = 64, double_quant: bool = True,
                dtype: torch.dtype = torch.bfloat16) -> NF4Tensor:
-    """A 4-bit matrix of random codes under one constant: made at once, without the weights that it would have come from."""
-    n = shape[0] * shape[1]
-    packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
-    absmax = torch.full((-(-n // blocksize),), STD / CODE_STD)
+    """A 4-bit matrix of random codes under one constant, on the generator's device: made at once, without the weights that it
+    would have come from."""
+    n, on = shape[0] * shape[1], generator.device
+    packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator, device=on)
+    absmax = torch.full((-(-n // blocksize),), STD / CODE_STD, device=on)
     if not double_quant:
         return NF4Tensor(packed, torch.Size(shape), dtype, blocksize, stored_absmax=absmax)
-    codes = torch.full((len(absmax),), 127, dtype=torch.uint8)         # index of 0: the offset alone
-    nested = NestedAbsmax(codes, torch.ones(-(-len(codes) // NESTED_BLOCKSIZE)), STD / CODE_STD)
+    codes = torch.full((len(absmax),), 127, dtype=torch.uint8, device=on)       # index of 0: the offset alone
+    nested = NestedAbsmax(codes, torch.ones(-(-len(codes) // NESTED_BLOCKSIZE), device=on), STD / CODE_STD)
     return NF4Tensor(packed, torch.Size(shape), dtype, blocksize, nested=nested)
 
 
@@ -73,9 +74,9 @@ def random_model(config: LlamaConfig, quantize: Literal["nf4"] | None = "nf4", d
                  ) -> LlamaForCausalLM:
     """A model of random weights: what it computes means nothing, what it takes is what a real one takes.
 
-    Args: as in `load_model`. seed: same seed, same weights.
+    Args: as in `load_model`. seed: same seed, same weights, on the same kind of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     model = blank_model(config)
     for name, module in list(model.named_modules()):
         if quantize and isinstance(module, nn.Linear) and name.rpartition(".")[2] in ALL_LINEARS:
@@ -85,10 +86,10 @@ def random_model(config: LlamaConfig, quantize: Literal["nf4"] | None = "nf4", d
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             value = torch.ones if isinstance(module, RMSNorm) else torch.empty
-            filled = value(parameter.shape, dtype=dtype)
+            filled = value(parameter.shape, dtype=dtype, device=device)
             if not isinstance(module, RMSNorm):
                 filled.normal_(0.0, STD, generator=generator)
-            setattr(module, key, nn.Parameter(filled.to(device)))
+            setattr(module, key, nn.Parameter(filled))
     model.tie_weights()
     return model
 

@@ -9,7 +9,7 @@ that stopped half-way has added to some already.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +17,13 @@ import torch
 
 from minilora.config import TrainConfig
 from minilora.data.batches import Batch
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, memory_reason
 from minilora.llama.model import LlamaForCausalLM
 from minilora.loss import label_loss
 from minilora.optim.adamw import AdamW
 from minilora.optim.paged_adamw import PagedAdamW
-from minilora.runs import random_state, set_random_state
+from minilora.repeatable import repeatable
+from minilora.run_checkpoints import random_state, set_random_state
 
 MODEL_RATE, MODEL_WIDTH = 2e-4, 4096        # QLoRA, appendix B.2: the rate at 7B, whose hidden size is 4096
 FULL_SHARE = 0.1                            # of that rate where all weights move: full tuning at 7B takes about 2e-5
@@ -77,10 +78,15 @@ def make_optimizer(groups: Groups, config: TrainConfig, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Gradients:
-    """A step's mean loss over its label tokens, and the bytes of optimizer pages that were put out to compute it."""
+    """A step's mean loss over its label tokens, and what it took.
+
+    Attributes: evicted_bytes: of optimizer pages that were put out to compute it. broken_rows: of the micro-batches whose loss
+        is NaN or infinite.
+    """
 
     loss: float
     evicted_bytes: int = 0
+    broken_rows: tuple[int, ...] = ()
 
 
 def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: torch.optim.Optimizer) -> Gradients:
@@ -90,9 +96,11 @@ def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: 
     """
     random = random_state()
     try:
-        return Gradients(_forward_backward(model, batches))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+        return _forward_backward(model, batches)
+    except (MemoryError, RuntimeError) as error:        # torch.OutOfMemoryError is a RuntimeError
+        reason = memory_reason(error)
+        if reason is None:
+            raise
     # Behind the handler, not in it: the error holds on to the tensors of the forward that failed.
     freed = optimizer.evict() if isinstance(optimizer, PagedAdamW) else 0
     if freed:
@@ -100,17 +108,24 @@ def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: 
         set_random_state(random)
         torch.cuda.empty_cache()
         try:
-            return Gradients(_forward_backward(model, batches), freed)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+            return replace(_forward_backward(model, batches), evicted_bytes=freed)
+        except (MemoryError, RuntimeError) as error:
+            reason = memory_reason(error)
+            if reason is None:
+                raise
     raise MiniloraError(f"out of memory, with no optimizer pages left to put out ({reason:.100}): lower --batch-size and raise "
                         "--accumulate, lower --max-length, or add --gradient-checkpointing") from None
 
 
-def _forward_backward(model: LlamaForCausalLM, batches: list[Batch]) -> float:
+def _forward_backward(model: LlamaForCausalLM, batches: list[Batch]) -> Gradients:
     label_tokens, loss = sum(batch.label_tokens for batch in batches), 0.0
+    broken: list[int] = []
     for batch in batches:
         part = label_loss(model, batch) / label_tokens
-        part.backward()
-        loss += float(part.detach())
-    return loss
+        with repeatable(model.device):
+            part.backward()
+        value = float(part.detach())
+        loss += value
+        if not math.isfinite(value):
+            broken += batch.rows
+    return Gradients(loss, broken_rows=tuple(broken))

@@ -16,6 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 from minilora.adapters import save_adapter, save_extra
-from minilora.card import write_model_card
+from minilora.card import file_sha256, write_model_card
 from minilora.config import TrainConfig
 from minilora.data.batches import collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
-from minilora.errors import ConfigError, DataError, MiniloraError
+from minilora.errors import ConfigError, DataError, MiniloraError, StoppedError, memory_reason
 from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
@@ -39,18 +40,12 @@ from minilora.loss import PADDING, validation_loss
 from minilora.malloc import keep_freed_memory
 from minilora.optim.paged_adamw import PagedAdamW
 from minilora.own_base import FOLDER, save_base, start_adapters
-from minilora.runs import (
-    Position,
-    append_metrics,
-    check_run,
-    has_checkpoint,
-    last_metrics,
-    load_checkpoint,
-    open_run,
-    peak_bytes,
-    save_checkpoint,
-)
+from minilora.run_checkpoints import Position, has_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
+from minilora.runs import append_metrics, check_run, last_metrics, open_run, peak_bytes
 from minilora.stepping import compute_gradients, learning_rate, make_optimizer, peak_learning_rate, rate_groups
+from minilora.stopping import asked_to_stop
+
+ROWS_NAMED = 64         # of a batch, in a message
 
 
 @dataclass
@@ -89,13 +84,19 @@ def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: l
     allowed = set(known)
     for _, label, number in rows:
         if label not in allowed:
-            raise DataError(f"{path} row {number}: label {label!r} does not occur in the training table {config.data}")
+            # Not quoted: where the columns were mixed up, the "label" is a patient's note.
+            raise DataError(f"{path} row {number}: its label does not occur in the training table {config.data}; correct it, "
+                            "or train on notes of that label as well")
     reserve = longest_label(tokenizer, known)
     examples = []
     for note, label, number in tqdm(rows, desc="tokenize", unit="row", disable=config.quiet or len(rows) < 5000, leave=False):
         example = encode_example(tokenizer, template, note, label, config.max_length, row=number, reserve=reserve)
         check_ids(example.input_ids, vocab_rows)
         examples.append(example)
+    cut = sum(example.cut for example in examples)
+    if cut:
+        warnings.warn(f"{path}: {cut:,} of {len(examples):,} notes are longer than max_length {config.max_length} has room "
+                      "for: of each the first two thirds and the last third of the tokens that fit are kept", stacklevel=2)
     return examples, known
 
 
@@ -119,7 +120,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     Returns: figures of the run; the adapter (or, after full tuning, the model), tokenizer, label set, metrics and model
         card stand in ``config.out``.
-    Raises: MiniloraError: bad input, an output in use, or a loss that is not finite.
+    Raises: MiniloraError: bad input, an output in use, or a loss that is not finite. StoppedError: a signal asked for it; the
+        checkpoint is written.
     Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not (test_train.py).
     """
     began = time.perf_counter()
@@ -135,6 +137,7 @@ def train(config: TrainConfig) -> TrainResult:
     llama = LlamaConfig.from_json(folder / "config.json")
     if config.max_length > llama.max_position_embeddings:
         raise ConfigError(f"max_length {config.max_length} exceeds the model's {llama.max_position_embeddings} positions")
+    table = file_sha256(config.data) if Path(config.data).is_file() else ""
     examples, labels = encode_table(config.data, config, tokenizer, None, llama.vocab_size)
     validation = encode_table(config.val, config, tokenizer, labels, llama.vocab_size)[0] if config.val else []
 
@@ -158,69 +161,104 @@ def train(config: TrainConfig) -> TrainResult:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
     peak_rate = peak_learning_rate(config, llama.hidden_size)
 
-    open_run(out, config.resume, config.overwrite)
-    config.save(out / "config.toml")
-    if start and not started:
-        save_base(model, tokenizer, out)
-        save_checkpoint(out, Position(), model, optimizer)
-    position = load_checkpoint(out, model, optimizer) if config.resume else Position()
-    write_labels(out / "labels.txt", labels)
-    tokenizer.save(out)
+    with open_run(out, config.resume, config.overwrite) as lock:
+        config.save(out / "config.toml")
+        if start and not started:
+            save_base(model, tokenizer, out)
+            save_checkpoint(out, Position(data_sha256=table), model, optimizer)
+        position = load_checkpoint(out, model, optimizer) if config.resume else Position()
+        if position.data_sha256 not in ("", table):
+            warnings.warn(f"{config.data} has changed since step {position.step}: the run goes on, and ends with the bytes of "
+                          "neither table", stacklevel=2)
+        position.data_sha256 = table
+        write_labels(out / "labels.txt", labels)
+        tokenizer.save(out)
 
-    keep_freed_memory()
-    trained, parameters = trainable_parameters(model)
-    before = last_metrics(out)
-    loss, val_loss = before.get("loss", math.nan), before.get("val_loss")
-    progress = tqdm(total=total, initial=position.step, desc="train", unit="step", disable=config.quiet)
-    tokens_done, training_seconds = 0, 1e-9
-    for micro_batches in _steps(examples, config, position.step, total):
-        step_started = time.perf_counter()
-        step = position.step + 1
-        batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
-        rate = learning_rate(step, total, peak_rate, config.warmup)
-        for group, (_, relative) in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = rate * relative
-        gradients = compute_gradients(model, batches, optimizer)
-        loss = gradients.loss
-        if gradients.evicted_bytes:
-            warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages were put "
-                          "out, and the step was done again", stacklevel=2)
-        norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
-                                                          config.max_grad_norm or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            progress.close()
-            where = [row for batch in batches for row in batch.rows]
-            raise MiniloraError(f"step {step}: loss {loss} with gradient norm {norm} on rows {where[:8]} of {config.data}; the "
-                                f"last checkpoint is kept in {out / 'checkpoints'}; lower --lr, or use --dtype float32")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        keep_freed_memory()
+        trained, parameters = trainable_parameters(model)
+        before = last_metrics(out)
+        loss, val_loss = before.get("loss", math.nan), before.get("val_loss")
+        tokens_done, training_seconds = 0, 1e-9
+        with (_saying_what_is_left(out), asked_to_stop(config.quiet) as request,
+              tqdm(total=total, initial=position.step, desc="train", unit="step", disable=config.quiet) as progress):
+            for micro_batches in _steps(examples, config, position.step, total):
+                step_started = time.perf_counter()
+                step = position.step + 1
+                batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
+                rate = learning_rate(step, total, peak_rate, config.warmup)
+                for group, (_, relative) in zip(optimizer.param_groups, groups, strict=True):
+                    group["lr"] = rate * relative
+                gradients = compute_gradients(model, batches, optimizer)
+                loss = gradients.loss
+                if gradients.evicted_bytes:
+                    warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages "
+                                  "were put out, and the step was done again", stacklevel=2)
+                norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
+                                                            config.max_grad_norm or math.inf))
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    rows = list(gradients.broken_rows) or [row for batch in batches for row in batch.rows]
+                    raise MiniloraError(f"step {step}: loss {loss} with gradient norm {norm} on rows {_named(rows)} of "
+                                        f"{config.data}; start again with a lower --lr, or with --dtype float32")
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-        position.step = step
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        seconds = time.perf_counter() - step_started
-        tokens_done, training_seconds = tokens_done + tokens, training_seconds + seconds
-        line = {"step": step, "loss": loss, "lr": rate, "tokens": tokens, "seconds": round(seconds, 4),
-                "peak_bytes": peak_bytes(device), "grad_norm": norm}
-        if isinstance(optimizer, PagedAdamW):
-            line |= {"evicted_bytes": gradients.evicted_bytes, **asdict(optimizer.counters)}
-        if validation and (step == total or (config.eval_every and step % config.eval_every == 0)):
-            line["val_loss"] = val_loss = validation_loss(model, validation, config.batch_size)
-        position.metrics_bytes = append_metrics(out, line)
-        if step == total or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(out, position, model, optimizer)
-        progress.set_postfix_str(f"loss {loss:.3f}, {tokens_done / training_seconds:,.0f} tokens/s"
-                                 + (f", val {val_loss:.3f}" if val_loss is not None else ""), refresh=False)
-        progress.update()
-    progress.close()
-    extra = {"template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model}
-    if full:
-        checkpoint.save_checkpoint(model, out, progress=not config.quiet)
-        save_extra(model, out, extra)
-    else:
-        base, revision = (str(out / FOLDER), None) if start else split_revision(config.model)
-        save_adapter(model, out, base_model=base, revision=revision,
-                     extra={**extra, "init_lora_weights": config.init_lora_weights})
-    result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - began,
-                         peak_bytes(device))
-    write_model_card(result, config, labels, len(examples))
+                position.step = step
+                tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+                seconds = time.perf_counter() - step_started
+                tokens_done, training_seconds = tokens_done + tokens, training_seconds + seconds
+                line = {"step": step, "loss": loss, "lr": rate, "tokens": tokens, "seconds": round(seconds, 4),
+                        "peak_bytes": peak_bytes(device), "grad_norm": norm}
+                if isinstance(optimizer, PagedAdamW):
+                    line |= {"evicted_bytes": gradients.evicted_bytes, **asdict(optimizer.counters)}
+                if validation and (step == total or (config.eval_every and step % config.eval_every == 0)):
+                    line["val_loss"] = val_loss = validation_loss(model, validation, config.batch_size)
+                    if not math.isfinite(val_loss):
+                        raise MiniloraError(f"step {step}: validation loss {val_loss} on {config.val}; start again with a "
+                                            "lower --lr, or with --dtype float32")
+                lock.check()
+                position.metrics_bytes = append_metrics(out, line)
+                stopping = request.signal is not None and step < total
+                if stopping or step == total or (config.save_every and step % config.save_every == 0):
+                    save_checkpoint(out, position, model, optimizer)
+                if request.signal is not None and stopping:
+                    raise StoppedError(f"stopped by {request.signal.name} after step {step} of {total}; go on with --resume",
+                                       request.signal)
+                progress.set_postfix_str(f"loss {loss:.3f}, {tokens_done / training_seconds:,.0f} tokens/s"
+                                         + (f", val {val_loss:.3f}" if val_loss is not None else ""), refresh=False)
+                progress.update()
+        lock.check()
+        extra = {"template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model}
+        if full:
+            checkpoint.save_checkpoint(model, out, progress=not config.quiet)
+            save_extra(model, out, extra)
+        else:
+            base, revision = (str(out / FOLDER), None) if start else split_revision(config.model)
+            save_adapter(model, out, base_model=base, revision=revision,
+                         extra={**extra, "init_lora_weights": config.init_lora_weights})
+        result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - began,
+                             peak_bytes(device))
+        write_model_card(result, config, labels, len(examples))
     return result
+
+
+def _named(rows: list[int]) -> str:
+    """Row numbers for a message: all of them, as far as anybody would read them."""
+    listed = ", ".join(map(str, rows[:ROWS_NAMED]))
+    return f"[{listed}]" if len(rows) <= ROWS_NAMED else f"[{listed}, …] ({len(rows)} rows)"
+
+
+@contextmanager
+def _saying_what_is_left(out: Path) -> Iterator[None]:
+    """Whatever ends the steps early, its line ends with the last good checkpoint."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except MiniloraError as error:
+        raise type(error)(f"{error}; {last_checkpoint(out)}") from error
+    except (MemoryError, RuntimeError) as error:
+        reason = memory_reason(error)
+        if reason is None:
+            raise
+        raise MiniloraError(f"out of memory ({reason}): lower --batch-size and raise --accumulate, lower --max-length, or add "
+                            f"--gradient-checkpointing; {last_checkpoint(out)}") from error

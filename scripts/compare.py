@@ -3,8 +3,8 @@
 
     python scripts/compare.py --out compare-out        # half an hour on two cores; needs the extra [baseline]
 
-Every row sees the same synthetic notes, and the test split is scored once a row with nothing tuned on it.  The language
-models are the shipped one, fine-tuned with the demo's settings over three forms of its frozen weights: 16-bit (plain
+Every row sees the same synthetic notes, and the test split is scored once a row with nothing tuned on it; p is McNemar's.  The
+language models are the shipped one, fine-tuned with the demo's settings over three forms of its frozen weights: 16-bit (plain
 LoRA), NF4, and NF4 with double-quantized constants; then over the last with one thing changed at a time.  Perplexity is that
 of the untouched base on text of its own kind that it never saw: what quantization alone does.
 """
@@ -16,10 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-
+from minilora.baseline import NAME, bag_of_words
+from minilora.compare import p_text
 from minilora.config import TrainConfig
 from minilora.data.radiology import write_dataset
 from minilora.data.radiology.corpus import documents, encode_documents
@@ -52,36 +50,22 @@ def bits_per_weight(model: LlamaForCausalLM) -> float:
     return layers[0].quantized.bits_per_param if layers else 16.0
 
 
-def bag_of_words(data: Path) -> tuple[list[str], list[float]]:
-    """TF-IDF over words and pairs, then logistic regression; its strength is chosen on the validation split."""
-    tables = {split: read_table(data / f"{split}.csv", "note", "label").rows for split in ("train", "val", "test")}
-    texts = {split: [row.text for row in rows] for split, rows in tables.items()}
-    labels = {split: [row.label for row in rows] for split, rows in tables.items()}
-    fitted = []
-    for pairs, strength in itertools.product((1, 2), (10.0, 100.0)):
-        model = make_pipeline(TfidfVectorizer(ngram_range=(1, pairs), sublinear_tf=True, min_df=2),
-                              LogisticRegression(C=strength, max_iter=300))
-        model.fit(texts["train"], labels["train"])
-        fitted.append((model.score(texts["val"], labels["val"]), model))
-    best = max(fitted, key=lambda entry: entry[0])[1]
-    return list(best.predict(texts["test"])), best.predict_proba(texts["test"]).max(axis=1).tolist()
-
-
 def row(name: str, scores: Evaluation, **more: Any) -> dict[str, Any]:
     """A row of results.json."""
     low, high = scores.intervals["exact_match"]
+    found = scores.comparisons.get(NAME)
     return {"name": name, "exact_match": scores.exact_match, "low": low, "high": high, "macro_f1": scores.macro_f1,
-            "cosine": scores.cosine, **more}
+            "cosine": scores.cosine, "p": p_text(found.p_value) if found else "", "cost": scores.clinical.cost, **more}
 
 
 def table(results: list[dict[str, Any]], first: str, extra: dict[str, str]) -> None:
     """Print rows as Markdown; `extra` are columns before the scores: heading -> format of the row."""
-    print("| " + " | ".join([first, *extra, "exact match", "macro-F1", "cosine"]) + " |")
-    print("| --- " * (len(extra) + 4) + "|")
+    print("| " + " | ".join([first, *extra, "exact match", "macro-F1", "cosine", "p against the bag of words"]) + " |")
+    print("| --- " * (len(extra) + 5) + "|")
     for entry in results:
         more = [text.format(**entry) if "seconds" in entry else "" for text in extra.values()]
         print("| " + " | ".join([entry["name"], *more, "{exact_match:.1%} [{low:.1%}, {high:.1%}]".format(**entry),
-                                 "{macro_f1:.3f}".format(**entry), "{cosine:.3f}".format(**entry)]) + " |")
+                                 "{macro_f1:.3f}".format(**entry), "{cosine:.3f}".format(**entry), entry["p"]]) + " |")
 
 
 def main() -> None:
@@ -95,8 +79,10 @@ def main() -> None:
     check_output(args.out, args.overwrite)
     data = args.out / "data"
     write_dataset(data, n=NOTES, seed=0, overwrite=args.overwrite)
-    test = read_table(data / "test.csv", "note", "label").rows
-    notes, references = [entry.text for entry in test], [entry.label or "" for entry in test]
+    pairs = {split: [(entry.text, entry.label or "") for entry in read_table(data / f"{split}.csv", "note", "label").rows]
+             for split in ("train", "val", "test")}
+    notes, references = [note for note, _ in pairs["test"]], [label for _, label in pairs["test"]]
+    chosen, chances = bag_of_words(pairs["train"], notes, pairs["val"])
     texts = list(documents(seed=HELD_OUT_SEED, n=1000))
 
     results: list[dict[str, Any]] = []
@@ -105,13 +91,12 @@ def main() -> None:
         result = train(TrainConfig(**{**SETTINGS, **changed}, data=str(data / "train.csv"), val=str(data / "val.csv"),
                                    out=str(run), seed=seed, overwrite=args.overwrite))
         predictor = Predictor.load("tiny", adapter=run)
-        scores = score_predictions(predictor, predict_all(predictor, notes), references)
+        scores = score_predictions(predictor, predict_all(predictor, notes), references, others={NAME: chosen})
         with base_only(predictor.model):
             surprise = validation_loss(predictor.model, encode_documents(predictor.tokenizer, texts), batch_size=16)
         results.append(row(name, scores, seed=seed, bits=bits_per_weight(predictor.model), perplexity=math.exp(surprise),
                            val_loss=result.val_loss, seconds=result.seconds))
         write_json(args.out / "results.json", results)
-    chosen, chances = bag_of_words(data)
     answers = [Prediction(label, chance) for label, chance in zip(chosen, chances, strict=True)]
     results.append(row(BAG_OF_WORDS, score_predictions(predictor, answers, references)))
     write_json(args.out / "results.json", results)

@@ -39,6 +39,8 @@ REFERENCE, NF4, CODEBOOKS = "kernels/reference.py", "quant/nf4.py", "quant/codeb
 LORA, LAYER, MERGE, ADAMW = "layers/lora.py", "layers/nf4_linear.py", "layers/merge.py", "optim/adamw.py"
 MODEL, MASKS = "llama/model.py", "llama/masks.py"
 LOSS, STEPPING = "loss.py", "stepping.py"
+SAVED, FILES = "run_checkpoints.py", "files.py"
+SAFETY_TESTS = "tests/test_kills.py tests/test_safety.py"
 PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
 BLOCKS, VECTORS, BLOCK = "kernels/nf4_blocks.h", "kernels/nf4_vectors.h", "kernels/block_cpu.cpp"
@@ -137,6 +139,22 @@ MUTATIONS = (
     Mutation("loss not shifted", LOSS, "targets = batch.labels[:, 1:]", "targets = batch.labels[:, :-1]", TRAIN_TESTS),
     Mutation("mean of micro-batch means", STEPPING, "part = label_loss(model, batch) / label_tokens",
              "part = label_loss(model, batch) / batch.label_tokens / len(batches)", TRAIN_TESTS),
+    Mutation("a checkpoint's hashes not compared", SAVED, "            _verify(path)\n", "", "tests/test_safety.py"),
+    Mutation("metrics of steps done again stay", SAVED, "        cut_metrics(folder, position.metrics_bytes)\n", "",
+             SAFETY_TESTS),
+    Mutation("random state not restored", SAVED, "    set_random_state(rest)\n", "", SAFETY_TESTS),
+    Mutation("only the newest checkpoint kept", SAVED, "KEPT = 2", "KEPT = 1", "tests/test_safety.py tests/test_train.py"),
+    Mutation("a checkpoint written in its own place", FILES,
+             "temporary = Path(tempfile.mkdtemp(prefix=f\"{TEMPORARY}{final.name}-\", dir=final.parent))",
+             "temporary = final; temporary.mkdir(exist_ok=True)", SAFETY_TESTS),
+    Mutation("a lock that nobody takes", "locks.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+             "tests/test_safety.py"),
+    Mutation("a signal that does not save", "train.py", "if stopping or step == total or (", "if step == total or (",
+             "tests/test_safety.py"),
+    Mutation("a folder that is made again", SAVED, "checkpoints.mkdir(exist_ok=True)",
+             "checkpoints.mkdir(parents=True, exist_ok=True)", "tests/test_safety.py"),
+    Mutation("old checkpoints of an overwritten run stay", "runs.py", "    if (folder / CHECKPOINTS).exists():\n",
+             "    if False:\n", SAFETY_TESTS),
     Mutation("loss on the prompt", PROMPTS, "labels=[IGNORED] * len(prompt.input_ids) + answer",
              "labels=prompt.input_ids + answer", "tests/data tests/test_train.py"),
     Mutation("no end token", PROMPTS, "return [*tokenizer.encode(label, bos=False), tokenizer.eos_id]",

@@ -26,16 +26,16 @@ QUANTIZE = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_
                               bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def load_model(folder: str, quantize: bool = False) -> Any:
+def load_model(folder: str, quantize: bool = False, device: str = "cpu") -> Any:
     """A 4-bit folder, or with `quantize` a 16-bit one, as transformers loads it for bitsandbytes."""
     options = {"quantization_config": QUANTIZE} if quantize else {}
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device, dtype=torch.bfloat16, **options)
 
 
 def load(task: Task) -> Callable[[], object]:
     """A 16-bit folder into a 4-bit model."""
     def call() -> None:
-        load_model(task.model, quantize=True)
+        load_model(task.model, quantize=True, device=task.device)
         gc.collect()
     return call
 
@@ -44,7 +44,7 @@ def step(task: Task) -> Callable[[], object]:
     """One optimizer step of QLoRA, adapters on all seven linears of each block."""
     import peft
 
-    model = load_model(task.model, quantize=True)
+    model = load_model(task.model, quantize=True, device=task.device)
     # What prepare_model_for_kbit_training does beside this is to make every other weight float32, which takes memory and time.
     if task.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -55,7 +55,7 @@ def step(task: Task) -> Callable[[], object]:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=ours.RATE)
-    ids = ours.token_ids(task, model.config.vocab_size)
+    ids = ours.token_ids(task, model.config.vocab_size).to(task.device)
     labels = ours.label_ids(task, ids)
 
     def call() -> None:
@@ -68,8 +68,8 @@ def step(task: Task) -> Callable[[], object]:
 
 def prefill(task: Task) -> Callable[[], object]:
     """Read prompts into a key/value cache; logits of each one's last token."""
-    model = load_model(task.model, quantize=True).eval()
-    ids = ours.token_ids(task, model.config.vocab_size)
+    model = load_model(task.model, quantize=True, device=task.device).eval()
+    ids = ours.token_ids(task, model.config.vocab_size).to(task.device)
 
     def call() -> None:
         with torch.no_grad():
@@ -79,8 +79,8 @@ def prefill(task: Task) -> Callable[[], object]:
 
 def decode(task: Task) -> Callable[[], object]:
     """Seconds of writing tokens after prompts that were read: those of reading and writing, less those of writing one."""
-    model = load_model(task.model, quantize=True).eval()
-    ids = ours.token_ids(task, model.config.vocab_size)
+    model = load_model(task.model, quantize=True, device=task.device).eval()
+    ids = ours.token_ids(task, model.config.vocab_size).to(task.device)
 
     def write(new: int) -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
@@ -111,9 +111,11 @@ def score(task: Task) -> Callable[[], object]:
 
 def unpack(task: Task) -> Callable[[], object]:
     """A weight from 4 bits; bitsandbytes has no form for a CPU that writes into a buffer that is there."""
-    packed, state = functional.quantize_4bit(ours.matrices(task)[0].to(task.torch_dtype), quant_type="nf4",
-                                             compress_statistics=True, blocksize=64)
-    return lambda: functional.dequantize_4bit(packed, state)
+    weight = ours.matrices(task)[0].to(task.device, task.torch_dtype)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
+    if task.device == "cpu":
+        return lambda: functional.dequantize_4bit(packed, state)
+    return lambda: functional.dequantize_4bit(packed, state, out=weight)
 
 
 def product(task: Task) -> Callable[[], object]:
@@ -123,7 +125,7 @@ def product(task: Task) -> Callable[[], object]:
                                  compress_statistics=True, quant_type="nf4")
         made.weight = bnb.nn.Params4bit(weight.to(task.torch_dtype), requires_grad=False, quant_type="nf4",
                                         compress_statistics=True)
-        return made.to("cpu").train(task.grad)
+        return made.to(task.device).train(task.grad)
 
     layers = cycle([layer(weight) for weight in ours.matrices(task)])
     x = ours.rows_of(task).requires_grad_(task.grad)

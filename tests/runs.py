@@ -1,17 +1,21 @@
 """Run folders and evaluations as training and evaluate leave them, without training or evaluating anything."""
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minilora.config import TrainConfig
 from minilora.data.tables import write_labels
+from minilora.duplicates import Twins
 from minilora.evaluate import evaluate, save_evaluation
+from minilora.evaluation import Scored
 from tests.notes import LABELS, SECRET
 
 COUNTERS = {"faults": 3, "evictions": 2, "bytes_in": 8192, "bytes_out": 4096, "stall_seconds": 0.01}
@@ -49,10 +53,14 @@ def write_run(folder: Path, steps: int = 30, labels: Sequence[str] = tuple(LABEL
 
 
 def write_scores(folder: Path, labels: Sequence[str] = tuple(LABELS), n: int = 60, wrong: int = 4, free: str | None = None,
-                 columns: tuple[str, str] = ("input", "label")) -> Path:
+                 columns: tuple[str, str] = ("input", "label"), others: dict[str, int] | None = None, twins: int | None = None,
+                 adapter: str | None = None, embedder: str = "base") -> Path:
     """An evaluation of n rows, each `wrong`-th answered with the next label.
 
-    Args: free: an answer that is no label, given to the last row.
+    Args:
+        free: an answer that is no label, given to the last row. others: other methods, wrong in each so-many-th row.
+        twins: so many rows stand in a training table. adapter: hash of the adapter that it says it is of; None leaves
+        all of `scored` out.
     """
     folder.mkdir(parents=True)
     references = [labels[index % len(labels)] for index in range(n)]
@@ -63,7 +71,15 @@ def write_scores(folder: Path, labels: Sequence[str] = tuple(LABELS), n: int = 6
 
     def embed(texts: Sequence[str]) -> Tensor:
         return torch.eye(len(texts)) + 0.9
-    scores = evaluate(predictions, references, embed, probabilities=chances, resamples=20, labels=labels)
+
+    def answers(every: int) -> list[str]:
+        return [labels[(index + (index % every == 1)) % len(labels)] for index in range(n)]
+    near = Twins(np.array([float(row < twins) for row in range(n)]), np.zeros(n, np.int64)) if twins is not None else None
+    scores = evaluate(predictions, references, embed, probabilities=chances, resamples=20, labels=labels,
+                      ranked=[(answer, *(label for label in labels[:3] if label != answer)) for answer in predictions],
+                      others={name: answers(every) for name, every in (others or {}).items()}, twins=near)
+    if adapter is not None:
+        scores = dataclasses.replace(scores, scored=Scored("tiny", adapter, "0" * 64, "1" * 64, embedder, len(labels), "0.1.0"))
     rows = [{columns[0]: f"{SECRET} {index}: pain", columns[1]: label} for index, label in enumerate(references)]
     save_evaluation(scores, folder, rows, predictions, chances)
     return folder

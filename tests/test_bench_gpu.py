@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from minilora.bench import events
 from minilora.bench import gpu as bench_gpu
 from minilora.bench.rows import Settings
 from minilora.kernels import cpu, gpu, reference
@@ -31,7 +32,7 @@ def test_without_a_gpu_there_are_no_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_both_sides_of_a_row_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
 
-    def equal(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = 30) -> tuple[float, float]:
+    def equal(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = 30) -> list[float]:
         found, expected = ours(), peer()
         if isinstance(found, tuple):            # torch.autograd.grad
             found = found[0]
@@ -41,7 +42,7 @@ def test_both_sides_of_a_row_compute_the_same(monkeypatch: pytest.MonkeyPatch) -
             assert found.shape == expected.shape and found.dtype == expected.dtype
             assert torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.1)
         compared.append(found)
-        return 1.0, 2.0
+        return [1.0, 2.0]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_gpu, "DEVICE", torch.device("cpu"))
@@ -54,11 +55,14 @@ def test_both_sides_of_a_row_compute_the_same(monkeypatch: pytest.MonkeyPatch) -
     assert len(set(names)) == len(names) and {"gpu_dequant_bf16", "gpu_linear_rows_1", "gpu_gradient_rows_16",
                                               "gpu_launch_rows_1"} <= set(names)
     assert all((row.limit == 2) if "dequant" in row.name else (row.ratio == 2) for row in rows if "launch" not in row.name)
-    assert len(compared) == len(rows) - 1 and not any(row.targets for row in rows), "no figure to reach yet"
+    assert len(compared) == len(rows) - 1
+    with_targets = {row.name.removeprefix("gpu_") for row in rows if row.targets}
+    assert with_targets == {*(f"dequant_{name}" for name in ("fp32", "bf16", "fp16")),
+                            *(f"linear_rows_{count}" for count in (1, 4, 16, 32))}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: nothing to time")
 def test_times_on_a_gpu_are_longer_for_more_bytes() -> None:
     small, large = (torch.zeros(size, device=bench_gpu.DEVICE) for size in (1 << 12, 1 << 28))
-    less, more = bench_gpu.in_turns(lambda: small.fill_(1), lambda: large.fill_(1), rounds=5)
+    less, more = events.in_turns(lambda: small.fill_(1), lambda: large.fill_(1), rounds=5)
     assert 0 < less < more

@@ -1,6 +1,7 @@
 """The model card says what a run was made from and what it must not be used for; evaluating adds what it scored."""
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from minilora.card import record_scores, write_model_card
 from minilora.config import TrainConfig
 from minilora.evaluate import Evaluation, evaluate
+from minilora.evaluation import Scored
 from minilora.report.runfiles import _read_card
 from minilora.train import TrainResult
 
@@ -86,3 +88,12 @@ def test_a_card_that_training_did_not_write_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / "README.md").write_text("Somebody else's model.")
     record_scores(tmp_path, tmp_path / "test.csv", scored(8))
     assert (tmp_path / "README.md").read_text() == "Somebody else's model."
+
+
+def test_cosine_says_by_whose_embeddings_where_they_are_not_the_base_s(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("1")
+    by_minilm = dataclasses.replace(scored(8), scored=Scored("tiny", None, "0" * 64, "1" * 64, "minilm", 4, "0.1.0"))
+    record_scores(run, tmp_path / "test.csv", by_minilm)
+    assert "(minilm) |" in (run / "README.md").read_text()
+    record_scores(run, tmp_path / "test.csv", scored(8))
+    assert "minilm" not in (run / "README.md").read_text()

@@ -26,7 +26,7 @@ from tests.models import write_model
 from tests.notes import LABELS, SECRET, notes, write_csv
 
 IDS = torch.arange(40)[None]
-COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "predict", "merge", "report", "audit")
+COMMANDS = ("demo", "data", "quantize", "train", "evaluate", "compare", "predict", "merge", "report", "audit")
 HARD = [("He said: \"no pain\", twice", "CT Brain"), ("Zeile eins\nZeile zwei", "MR Knee, left"), ("", ""),
         ("naïve – 疼痛 🦴", "CT Brain"), ("carriage\r\nreturn", "C-Spine(Bone)"), ("comma, and 'quotes'", "CT Brain")]
 
@@ -217,7 +217,7 @@ def test_a_bad_table_ends_with_one_line_and_leaves_an_earlier_run_alone(
 
 def test_an_unknown_label_in_the_validation_table_names_its_row(world: Path, tmp_path: Path, refused: Refused) -> None:
     data = write_csv(tmp_path / "val.csv", [*notes(2), (SECRET, "CT Heart")])
-    refused(*train_words(world, tmp_path / "run", val=data), says=("val.csv row 3", "'CT Heart'", "train.csv"))
+    refused(*train_words(world, tmp_path / "run", val=data), says=("val.csv row 3: its label does not occur", "train.csv"))
 
 
 def test_a_bad_table_is_found_before_the_weights_are_read(world: Path, tmp_path: Path, refused: Refused,
@@ -432,7 +432,8 @@ def test_a_table_of_ones_own_trains_and_comes_back_with_predictions(world: Path,
                           "--quiet", *columns)) == ""
     assert mode(out) == 0o600
     table = read_table(out, "Note text")
-    assert table.columns == ["id", "Note text", "Protocol, final", "prediction", "probability", "error"]
+    assert table.columns == ["id", "Note text", "Protocol, final", "prediction", "probability", "error", "runner_up",
+                             "runner_up_probability"]
     assert [(row.values["Note text"], row.values["Protocol, final"]) for row in table.rows] == rows
     assert [row.values["id"] for row in table.rows] == [str(index) for index in range(len(rows))]
     for row in table.rows:
@@ -440,7 +441,7 @@ def test_a_table_of_ones_own_trains_and_comes_back_with_predictions(world: Path,
             assert row.values["prediction"] in {label for _, label in HARD if label} and row.values["error"] == ""
             assert 0 < float(row.values["probability"]) <= 1 + 1e-6
         else:
-            assert [row.values[name] for name in table.columns[3:]] == ["", "", "empty note"]
+            assert [row.values[name] for name in table.columns[3:]] == ["", "", "empty note", "", ""]
 
 
 @pytest.mark.parametrize("count", [9, 200])
@@ -518,7 +519,7 @@ def test_evaluate_writes_scores_and_predictions(world: Path, tmp_path: Path, cal
         low, high = scores["intervals"][name]
         assert 0 <= low <= scores[name] <= high <= 1
     rows = rows_of(tmp_path / "scores" / "predictions.csv")
-    assert list(rows[0]) == ["input", "label", "prediction", "probability"]
+    assert list(rows[0]) == ["input", "label", "prediction", "probability", "runner_up", "runner_up_probability"]
     assert [(row["input"], row["label"]) for row in rows] == notes(8)
     assert mode(tmp_path / "scores" / "predictions.csv") == 0o600
     card = (world / "run" / "README.md").read_text()

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from minilora.cli import main
+from minilora.compare import compare_files
 from minilora.data.radiology import PROTOCOLS
 from minilora.data.radiology.notes import WORKED_EXAMPLE, is_worked_example
 from minilora.data.tables import read_table
 from minilora.demo import EXPECTED
+from minilora.report.scorefiles import find_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,24 @@ def test_free_writing_gives_one_of_the_protocols_and_ends(out: Path, capsys: pyt
 
 
 def test_the_folder_holds_what_the_page_names(out: Path) -> None:
-    assert {path.name for path in out.iterdir()} >= {"before.json", "after.json", "run", "data"}
+    assert {path.name for path in out.iterdir()} >= {"before.json", "after.json", "before", "after", "run", "data"}
     run = {path.name for path in (out / "run").iterdir()}
     assert run >= {"config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
                    "labels.txt", "README.md", "checkpoints"}
     first = json.loads((out / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first.keys() >= {"step", "loss", "lr", "tokens", "seconds", "peak_bytes"}
+
+
+def test_every_answer_is_there_before_and_after_and_the_report_takes_the_second(out: Path) -> None:
+    for name in ("before", "after"):
+        scores = json.loads((out / f"{name}.json").read_text())
+        rows = read_table(out / name / "predictions.csv", "note", "label").rows
+        assert len(rows) == 2000 and json.loads((out / name / "metrics.json").read_text()) == scores
+        assert sum(row.values["prediction"] == row.label for row in rows) / 2000 == scores["exact_match"]
+        assert scores["near_duplicates"]["same"] == 0, "no test note stands in the training table"
+    assert find_evaluation(out / "run") == (out / "after", "")
+    found = compare_files(out / "after", out / "before", "label")
+    assert found.verdict() == "better" and found.p_value < 1e-100
 
 
 def test_a_second_demo_does_not_replace_the_first_unasked(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minilora.calibration import calibration_error
-from minilora.clinical import clinical_difference, read_protocol
+from minilora.clinical import clinical_difference, error_kinds, read_protocol
+from minilora.duplicates import find_twins
 from minilora.errors import ConfigError, DataError
 from minilora.evaluate import OTHER, evaluate, format_table, save_evaluation
-from minilora.metrics import bootstrap_intervals, count_pairs, normalize_label, number_labels, summarize
+from minilora.metrics import bootstrap_intervals, count_pairs, normalize_label, number_labels, summarize, top_k
 
 WITH, WITHOUT, KNEE = "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "XR Knee"
 
@@ -251,3 +252,88 @@ def test_thousands_of_labels_and_rows_stay_within_memory() -> None:
     vectors = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
     scores = evaluate(predictions, references, lambda texts: vectors[: len(texts)], resamples=20)
     assert scores.n == 6000 and len(scores.per_label) == 3000 and number_labels(references)[1].max() == 2999
+
+
+def test_top_k_by_hand() -> None:
+    ranked = [("a", "b", "c"), ("b", "A", "c"), ("c", "b", "x"), ()]
+    assert top_k(ranked, ["a", "a", "a", "a"]) == {"1": 1 / 4, "2": 2 / 4, "3": 2 / 4}
+    scores = evaluate(["a", "b"], ["a", "c"], words, resamples=3, ranked=[("a", "c"), ("b", "c")])
+    assert scores.top_k == {"1": 0.5, "2": 1.0} and scores.top_k["1"] == scores.exact_match
+    with pytest.raises(DataError, match="one entry for each of the 2 rows"):
+        evaluate(["a", "b"], ["a", "c"], words, ranked=[("a",)])
+
+
+def test_the_histogram_of_cosines_shows_what_their_mean_hides() -> None:
+    def close(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[1.0, 0.2 * index] for index in range(len(texts))])
+
+    scores = evaluate(["a", "b", "b", "c"], ["a", "b", "a", "a"], close, resamples=3).cosine_histogram
+    assert len(scores.rows) == len(scores.wrong) == 20 and sum(scores.rows) == 4 and sum(scores.wrong) == 2
+    # cos(a, b) = 1 / √1.04 = 0.981 and cos(a, c) = 1 / √1.16 = 0.928; right answers have 1, in the last bin as well
+    assert (scores.rows[19], scores.wrong[19], scores.wrong[18]) == (3, 1, 1)
+
+
+def test_the_confusion_matrix_holds_every_row_once_and_no_free_text() -> None:
+    found = evaluate(["a", "b", "secret", "b"], ["a", "a", "c", "b"], one_hot, resamples=3).confusion_matrix
+    assert found.labels == ["a", "b", "c", OTHER]
+    assert found.cells == [(0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 3, 1)]
+
+
+def test_reliability_and_coverage_stand_in_the_metrics() -> None:
+    scores = evaluate(["a", "b", "c", "c"], ["a", "c", "c", "c"], words, probabilities=[0.95, 0.55, 0.85, 0.75], resamples=3)
+    assert [bin.n for bin in scores.reliability] == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1]
+    assert (scores.reliability[5].probability, scores.reliability[5].accuracy) == (0.55, 0.0)
+    assert scores.coverage[0].share == 1 and scores.coverage[0].accuracy == 0.75
+    assert scores.coverage[1].share == 0.75 and scores.coverage[1].accuracy == 1 and scores.coverage[1].threshold == 0.75
+    without = evaluate(["a"], ["a"], words, resamples=3)
+    assert without.reliability == without.coverage == [] and without.top_k == {}
+
+
+@pytest.mark.parametrize(("reference", "answer", "kinds"), [
+    (WITH, WITH, []), (WITH, WITHOUT, ["contrast left out"]), (WITHOUT, WITH, ["contrast given"]),
+    ("CT Abdomen", WITH, ["contrast given"]), ("MRI Brain W WO Contrast", "MRI Brain W", ["contrast phases"]),
+    ("MRI Brain W WO Contrast", "MRI Brain WO", ["contrast left out"]), ("MRI Brain WO", "MRI Brain", ["unsaid"]),
+    (WITH, "CT Abdomen Pelvis W Contrast", ["extent"]),
+    ("XR Knee Left", "XR Knee Right", ["side"]), ("CT Chest", "US Abdomen", ["modality", "region"]),
+    (WITHOUT, "CT Chest W Contrast", ["region", "contrast given"]), ("refund", "complaint", ["unsaid"]),
+])
+def test_what_is_wrong_with_an_answer_has_a_direction(reference: str, answer: str, kinds: list[str]) -> None:
+    assert error_kinds(reference, answer) == kinds
+    assert (clinical_difference(reference, answer) is None) <= (kinds in ([], ["unsaid"]))
+
+
+def test_clinical_cost_by_hand() -> None:
+    references = [WITH, WITHOUT, WITH, KNEE, KNEE]
+    answers = [WITHOUT, WITH, WITH, KNEE, "what I wrote"]
+    found = evaluate(answers, references, one_hot, resamples=400).clinical
+    # contrast left out 0.5, contrast given 1, an answer that is no label 0.25
+    assert found.cost == pytest.approx((0.5 + 1 + 0.25) / 5) and found.per_error == pytest.approx((0.5 + 1 + 0.25) / 3)
+    assert found.kinds == {"contrast given": 1, "contrast left out": 1, "no label": 1}
+    assert 0 <= found.interval[0] < found.cost < found.interval[1] <= 1
+    right = evaluate(references, references, one_hot, resamples=5).clinical
+    assert (right.cost, right.per_error, right.kinds, right.interval) == (0, 0, {}, (0.0, 0.0))
+
+
+def test_other_methods_are_scored_and_compared_on_the_same_rows() -> None:
+    references = list("aabbccdd") * 5
+    scores = evaluate(references, references, one_hot, resamples=20, others={"bag of words": ["a"] * 40, "twin": references})
+    assert scores.baselines["bag of words"].exact_match == 0.25 and scores.baselines["twin"].macro_f1 == 1
+    found = scores.comparisons["bag of words"]
+    assert (found.only_ours, found.only_other, found.verdict()) == (30, 0, "better")
+    assert scores.comparisons["twin"].verdict() == "not told apart" and scores.comparisons["twin"].p_value == 1
+    text = format_table(scores)
+    assert "against bag of words: +75.0 points" in text and "against twin" in text
+    json.dumps(scores.to_dict(), allow_nan=False)
+    with pytest.raises(DataError, match="short has not one entry for each of the 40"):
+        evaluate(references, references, one_hot, others={"short": ["a"]})
+
+
+def test_rows_that_the_training_table_holds_are_counted_and_scored_apart() -> None:
+    notes = ["fall on the left knee today", "headache since this morning", "cough"]
+    twins = find_twins(notes, ["Fall on the left knee, today", "headache since yesterday"])
+    scores = evaluate(["a", "b", "a"], ["a", "b", "b"], one_hot, resamples=3, twins=twins)
+    found = scores.near_duplicates
+    assert found is not None and (found.same, found.near, found.n_without, found.exact_match_without) == (1, 0, 2, 0.5)
+    assert "1 notes stand in the training table, 0 nearly; exact match without them 0.500" in format_table(scores)
+    everything = evaluate(["a"], ["a"], one_hot, resamples=3, twins=find_twins(["cough"], ["cough"])).near_duplicates
+    assert everything is not None and everything.n_without == 0 and everything.exact_match_without is None

@@ -1,6 +1,7 @@
 """`load_model` as a stranger calls it: what it takes, what it gives, what it refuses before it reads a weight."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 
 from minilora import CheckpointError, ConfigError, HubError, NF4Linear, load_model, load_tokenizer, quantize_nf4
 from minilora.generate import generate_ids
-from tests.models import write_model
+from minilora.loading import total_memory
+from tests.models import SHAPE, write_model
 
 IDS = torch.tensor([[256, 70, 71, 72]])
 
@@ -110,3 +112,23 @@ def test_a_tokenizer_is_named_as_a_model_is(folder: Path, tmp_path: Path) -> Non
             load_tokenizer(name)
     with pytest.raises(HubError, match="no such folder here"):
         load_tokenizer("nobody/nothing")
+
+
+@pytest.mark.parametrize(("options", "bits"), [({}, 4.127), ({"double_quant": False}, 4.5), ({"quantize": None}, 16)])
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], bits: float) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "hidden_size": 8192, "intermediate_size": 28672, "head_dim": 128,
+                                                  "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
+                                                  "num_hidden_layers": 80}))
+    linears = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
+    needed = (linears * bits / 8 + (161 * 8192 + 2 * 32000 * 8192) * 2) / 1e9
+    monkeypatch.setattr("minilora.loading.total_memory", lambda device: int(needed * 0.999 * 1e9))
+    with pytest.raises(CheckpointError, match=rf"the weights take {needed:,.1f} GB, and there are .* of memory here"):
+        load_model(tmp_path, **options)
+    monkeypatch.setattr("minilora.loading.total_memory", lambda device: int(needed * 1.001 * 1e9))
+    with pytest.raises(CheckpointError, match="no weights"):
+        load_model(tmp_path, **options)
+
+
+def test_the_memory_of_this_machine_is_told() -> None:
+    assert 1e8 < total_memory(torch.device("cpu")) < 1e15

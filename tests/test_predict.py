@@ -13,13 +13,14 @@ import torch
 import minilora.predict
 from minilora import CheckpointError, ConfigError, DataError, LoRAConfig, OutputError, add_lora, load_model, save_adapter
 from minilora.adapters import EXTRA_FILE
-from minilora.data.prompts import clean_note, encode_example, load_template, longest_label
+from minilora.data.prompts import clean_note, encode_example, encode_prompt, load_template, longest_label
 from minilora.data.tables import write_labels
 from minilora.embed import embed_texts
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import base_only, lora_layers, quantization_of
 from minilora.predict import FREE_TOKENS, Prediction, Predictor, chunks, predict_table
 from minilora.score import predict_all, score_predictions, score_table
+from minilora.trie import score_labels
 from tests.models import write_model
 from tests.notes import LABELS, SECRET, notes, write_csv
 
@@ -109,7 +110,7 @@ def test_without_labels_something_must_say_what_to_answer(base: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("{", "not readable JSON"), ("[]", "holds a list"),
+    ("{", "not readable as JSON"), ("[]", "found list"),
     ('{"base_quantization": "nf4"}', "base_quantization must be"),
     ('{"base_quantization": {"blocksize": "64", "double_quant": true}}', "base_quantization must be"),
     ('{"base_quantization": {"blocksize": 0, "double_quant": true}}', "base_quantization must be"),
@@ -157,13 +158,13 @@ def test_answers_stand_in_the_order_of_the_notes_and_empty_ones_get_an_error(pre
 
 def test_the_model_meets_the_very_prompt_it_was_trained_on(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    predict_labels = minilora.predict.predict_labels
+    score_labels = minilora.predict.score_labels
 
-    def spy(model: Any, tokenizer: Any, prompts: list[list[int]], trie: Any) -> Any:
+    def spy(model: Any, trie: Any, prompts: list[list[int]]) -> Any:
         seen.extend(prompts)
-        return predict_labels(model, tokenizer, prompts, trie)
+        return score_labels(model, trie, prompts)
 
-    monkeypatch.setattr(minilora.predict, "predict_labels", spy)
+    monkeypatch.setattr(minilora.predict, "score_labels", spy)
     asked = ["fall", "trauma, " * 30 + "r/o bleed", "x" * 300]
     predictor.predict(asked)
     tokenizer, reserve = predictor.tokenizer, longest_label(predictor.tokenizer, LABELS)
@@ -188,6 +189,19 @@ def test_the_adapter_decides(base: Path, run: Path, predictor: Predictor) -> Non
     assert [a.probability for a in without] != [a.probability for a in predictor.predict(asked)]
 
 
+def test_answers_come_with_the_labels_that_come_next(predictor: Predictor) -> None:
+    asked = ["fall", "fever"]
+    prompts = [encode_prompt(predictor.tokenizer, predictor.template, note, predictor.room).input_ids for note in asked]
+    assert predictor.trie is not None
+    scores = score_labels(predictor.model, predictor.trie, prompts).exp()
+    for answer, row in zip(predictor.predict(asked), scores, strict=True):
+        order = row.argsort(descending=True).tolist()
+        assert answer.ranked == tuple(LABELS[code] for code in order), "all four, the best first"
+        assert (answer.label, answer.runner_up) == answer.ranked[:2]
+        assert answer.probability == pytest.approx(float(row[order[0]]), abs=1e-5)
+        assert answer.runner_up_probability == pytest.approx(float(row[order[1]]), abs=1e-5)
+
+
 # Tables
 
 
@@ -204,16 +218,17 @@ def test_a_table_is_labelled_in_pieces_as_in_one(predictor: Predictor, tmp_path:
     monkeypatch.setattr(minilora.predict, "ROWS_AT_ONCE", 3)
     assert predict_table(predictor, data, tmp_path / "pieces.csv", "input", quiet=True) == 10
     one, pieces = rows_of(tmp_path / "one.csv"), rows_of(tmp_path / "pieces.csv")
-    assert list(one[0]) == ["input", "label", "prediction", "probability", "error"]
+    assert list(one[0]) == ["input", "label", "prediction", "probability", "error", "runner_up", "runner_up_probability"]
     assert [(row["input"], row["label"]) for row in one] == rows
     assert [row["prediction"] for row in pieces] == [row["prediction"] for row in one]
     assert [row["error"] for row in one] == ["empty note" if index == 4 else "" for index in range(10)]
-    assert one[4]["prediction"] == one[4]["probability"] == ""
+    assert one[4]["prediction"] == one[4]["probability"] == one[4]["runner_up"] == one[4]["runner_up_probability"] == ""
+    for row in one[:4]:
+        assert row["runner_up"] in LABELS and row["runner_up"] != row["prediction"]
+        assert 0 <= float(row["runner_up_probability"]) <= float(row["probability"]) <= 1 + 1e-5
 
 
-def test_a_table_that_breaks_off_leaves_no_output(predictor: Predictor, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minilora.predict, "ROWS_AT_ONCE", 2)
+def test_a_table_that_breaks_off_leaves_no_output(predictor: Predictor, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "notes.csv", notes(5))
     with data.open("a") as file:
         file.write("one,cell,too many\n")
@@ -249,7 +264,7 @@ def test_a_table_is_scored_as_its_predictions_say(predictor: Predictor, tmp_path
     rows = notes(12)
     evaluation = score_table(predictor, write_csv(tmp_path / "t.csv", rows), "input", "label", tmp_path / "scores", quiet=True)
     written = rows_of(tmp_path / "scores" / "predictions.csv")
-    assert list(written[0]) == ["input", "label", "prediction", "probability"]
+    assert list(written[0]) == ["input", "label", "prediction", "probability", "runner_up", "runner_up_probability"]
     assert [(row["input"], row["label"]) for row in written] == rows
     right = sum(row["prediction"] == row["label"] for row in written) / 12
     assert evaluation.exact_match == pytest.approx(right) and evaluation.n == 12

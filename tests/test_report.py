@@ -1,6 +1,7 @@
 """The report as a whole: a page for every kind of run, that shows no note unless asked, loads nothing and breaks on nothing."""
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from minilora import TrainConfig, train
+from minilora.baseline import NAME as BAG_OF_WORDS
 from minilora.cli import build_parser, main
 from minilora.errors import MiniloraError, OutputError
 from minilora.evaluate import OTHER
@@ -70,6 +72,10 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "strange labels": lambda folder: write_scores(write_run(folder, labels=STRANGE) / "evaluation", STRANGE).parent,
     "sixty labels": lambda folder: write_scores(write_run(folder, labels=SIXTY) / "evaluation", SIXTY, n=400).parent,
     "free answers": lambda folder: write_scores(write_run(folder) / "evaluation", free=f"{SECRET} says").parent,
+    "held against others": lambda folder: write_scores(
+        write_run(folder) / "evaluation", others={BAG_OF_WORDS: 2, "<b>last</b> year": 4}, twins=7, adapter="0" * 64).parent,
+    "held against others, all right": lambda folder: write_scores(
+        write_run(folder) / "evaluation", wrong=10 ** 6, others={BAG_OF_WORDS: 10 ** 6}, twins=60).parent,
     "one row": lambda folder: write_scores(write_run(folder) / "evaluation", n=1).parent,
 }
 
@@ -129,7 +135,7 @@ def test_the_same_files_give_the_same_bytes(written: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("kind", ["paged", "strange labels"])
+@pytest.mark.parametrize("kind", ["paged", "strange labels", "held against others"])
 def test_a_browser_has_nothing_to_complain_of(kind: str, tmp_path: Path) -> None:
     page = report(KINDS[kind](tmp_path / "run"))
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -240,6 +246,70 @@ def test_scores_stand_in_it_with_their_intervals(tmp_path: Path) -> None:
     assert "240 notes" in said and "torch 2.13.0" in said
 
 
+@pytest.mark.parametrize(("wrong", "every", "says"), [
+    (20, 2, "Yes: the model is right in 95.0% of the rows, a bag of words"),
+    (2, 20, "No. The model does worse than a bag of words"),
+    (4, 4, "No. The model could not be told from a bag of words"),
+    (10, 8, "No. The model could not be told from a bag of words")])
+def test_it_says_whether_a_bag_of_words_is_beaten(wrong: int, every: int, says: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_scores(run / "evaluation", wrong=wrong, others={BAG_OF_WORDS: every})
+    said = words(report(run))
+    assert says in said and ("the simpler method is the better choice" in said) == says.startswith("No")
+    assert said.count("Is it better than something simpler?") == 1
+
+
+def test_top_labels_training_notes_and_costs_stand_in_it(tmp_path: Path) -> None:
+    one, other, head = "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "CT Brain WO Contrast"
+    run = write_run(tmp_path / "run", labels=[one, other, head])
+    write_scores(run / "evaluation", [one, other, head], n=8, wrong=4, twins=3, adapter="0" * 64, embedder="minilm")
+    metrics, said = json.loads((run / "evaluation" / "metrics.json").read_text()), words(report(run))
+    assert f"Top 3 the reference is among the 3 most probable labels {metrics['top_k']['3']:.3f}" in said
+    assert "3 of the notes stand in the training table as well, 0 nearly" in said and "minilm's embeddings" in said
+    without = metrics["near_duplicates"]["exact_match_without"]
+    assert f"without them exact match is {without:.3f}" in said
+    # Of the two errors one leaves contrast out, the other images the head.
+    assert f"Clinical cost {(0.5 + 1) / 8:.3f} a row" in said
+    assert "another region of the body 1 1 " in said and "contrast left out 1 0.5" in said
+    close = sum(metrics["cosine_histogram"]["wrong"][-2:])      # bins of a twentieth
+    assert f"2 wrong answers; {close} of them ({50 * close}%) have a cosine of 0.9 or more" in said
+
+
+def test_scores_of_another_adapter_are_called_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "adapter_model.safetensors").write_bytes(b"weights")
+    write_scores(run / "evaluation", adapter="0" * 64)
+    assert "These scores are of another adapter than the run folder holds now" in words(report(run))
+    shutil.rmtree(run / "evaluation")
+    write_scores(run / "evaluation", adapter=hashlib.sha256(b"weights").hexdigest())
+    assert "of another adapter" not in words(report(run))
+
+
+def test_among_several_evaluations_the_adapter_s_own_is_found_by_its_hash(tmp_path: Path) -> None:
+    run, own = write_run(tmp_path / "run"), hashlib.sha256(b"weights").hexdigest()
+    (run / "adapter_model.safetensors").write_bytes(b"weights")
+    write_run(tmp_path / "run2")
+    write_scores(tmp_path / "before", adapter="0" * 64)
+    assert find_evaluation(run) == (None, ""), "the only one there is of another adapter"
+    write_scores(tmp_path / "after", adapter=own)
+    assert find_evaluation(run) == (tmp_path / "after", "")
+    write_scores(tmp_path / "again", adapter=own)
+    assert find_evaluation(run)[0] is None and "--evaluation" in find_evaluation(run)[1]
+    for name, adapter in (("a", "0" * 64), ("b", own)):
+        write_scores(run / name, adapter=adapter)
+    assert find_evaluation(run) == (run / "b", "")
+
+
+def test_an_evaluation_of_an_earlier_version_has_its_page(tmp_path: Path) -> None:
+    run = write_scores(write_run(tmp_path / "run") / "evaluation", others={BAG_OF_WORDS: 2}, twins=3, adapter="0" * 64).parent
+    path = run / "evaluation" / "metrics.json"
+    new = {"top_k", "clinical", "cosine_histogram", "comparisons", "near_duplicates", "scored", "reliability", "coverage",
+           "confusion_matrix"}
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in new}))
+    said = words(report(run))
+    assert "Exact match" in said and "Top 3" not in said and "Clinical cost" not in said and "McNemar" not in said
+
+
 @pytest.mark.parametrize(("folders", "found"), [
     ([], None), (["run/evaluation"], "run/evaluation"), (["run/a", "run/b"], None), (["scores"], "scores"),
     (["scores", "other"], None), (["run/evaluation", "scores"], "run/evaluation"), (["scores", "RUN2"], None)])
@@ -320,6 +390,16 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "labels' scores": (scores(per_label=[{"label": "a"}]), "per_label is no list of objects with label, cosine"),
     "close pairs": (scores(close_pairs=7), "close_pairs is no list"),
     "baselines": (scores(baselines={"majority": 1}), "majority is no JSON object"),
+    "clinical cost": (scores(clinical={"cost": 2}), "clinical cost is no number between 0 and 1"),
+    "kinds of errors": (scores(clinical={"cost": 0.5, "interval": [0, 1], "kinds": {"side": 0.5}}),
+                        "'side' is no number of rows"),
+    "comparisons": (scores(comparisons={"b": {"n": "many", "interval": [0, 1]}}), "comparison with 'b' is no number"),
+    "an interval of a difference": (scores(comparisons={"b": {"interval": [0]}}),
+                                    "comparison with 'b': its interval is no pair"),
+    "near-duplicates": (scores(near_duplicates={"same": -1, "near": 0}), "near_duplicates is no number of rows"),
+    "top k": (scores(top_k={"3": "all"}), "top 3 is no number between 0 and 1"),
+    "a histogram": (scores(cosine_histogram={"rows": 7}), "cosine_histogram is no list"),
+    "what was scored": (scores(scored=3), "scored is no JSON object"),
     "another evaluation": (scores(exact_match=0.123), "do not belong together"),
     "another number of rows": (scores(n=61), "do not belong together"),
     "no label column": (replace(ROWS, "input,label", "input,lable"), "no column 'label' with the labels"),

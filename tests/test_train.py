@@ -390,7 +390,7 @@ def test_a_stopped_run_resumes_to_the_bytes_of_a_whole_one(
 KILLED = """
 import importlib, os, signal, sys
 from minilora import TrainConfig
-loop, runs = importlib.import_module("minilora.train"), importlib.import_module("minilora.runs")
+loop, runs = importlib.import_module("minilora.train"), importlib.import_module("minilora.run_checkpoints")
 config = TrainConfig.from_toml(sys.argv[1], quiet=True, resume=sys.argv[2] == "resume")
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 append = loop.append_metrics

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.bench import gpu, kernels, limits, models, paging, scaling
+from minilora.bench import gpu, gpu_models, kernels, limits, models, paging, scaling
 from minilora.bench.rows import Row, Settings, format_row, markdown
 
 Bench = Callable[[Settings], Iterator[Row]]
@@ -22,7 +22,7 @@ BENCHES: tuple[Bench, ...] = (
     limits.machine, kernels.unpacking, kernels.products, kernels.products_fp32, kernels.inference, models.steps,
     models.steps_all_labels, models.loading, models.prefill, models.decoding, models.scoring, paging.paged_steps,
     paging.paged_memory, paging.paged_training, paging.recomputation, paging.memory_predicted, scaling.scaling,
-    gpu.gpu_kernels)
+    gpu.gpu_kernels, gpu_models.gpu_steps, gpu_models.gpu_context, gpu_models.gpu_paging)
 QUICK: tuple[Bench, ...] = (limits.machine, kernels.unpacking, kernels.products, models.steps, models.scoring)
 
 __all__ = ["BENCHES", "QUICK", "Row", "Settings", "bench", "chosen", "format_row", "left_out", "markdown"]

@@ -64,14 +64,14 @@ def matrices(task: Task) -> list[torch.Tensor]:
 def load(task: Task) -> Callable[[], object]:
     """A 16-bit folder into a 4-bit model."""
     def call() -> None:
-        load_checkpoint(Path(task.model))
+        load_checkpoint(Path(task.model), device=task.device)
         gc.collect()
     return call
 
 
 def step(task: Task) -> Callable[[], object]:
     """One optimizer step of QLoRA, adapters on all seven linears of each block."""
-    model = load_checkpoint(Path(task.model), dtype=task.torch_dtype)
+    model = load_checkpoint(Path(task.model), dtype=task.torch_dtype, device=task.device)
     add_lora(model, LoRAConfig(task.r, 2 * task.r), torch.Generator().manual_seed(0))
     model.gradient_checkpointing = task.gradient_checkpointing
     model.train()
@@ -79,7 +79,7 @@ def step(task: Task) -> Callable[[], object]:
     optimizer = AdamW(trained, lr=RATE)
     ids = token_ids(task, model.config.vocab_size)
     batch = Batch(ids, torch.ones_like(ids), label_ids(task, ids), task.batch * min(task.label_tokens, task.length - 1),
-                  list(range(task.batch)))
+                  list(range(task.batch))).to(model.device)
 
     keep_freed_memory()
 
@@ -93,8 +93,8 @@ def step(task: Task) -> Callable[[], object]:
 
 def prefill(task: Task) -> Callable[[], object]:
     """Read prompts into a key/value cache; logits of each one's last token."""
-    model = load_checkpoint(Path(task.model), dtype=task.torch_dtype)
-    ids = token_ids(task, model.config.vocab_size)
+    model = load_checkpoint(Path(task.model), dtype=task.torch_dtype, device=task.device)
+    ids = token_ids(task, model.config.vocab_size).to(model.device)
 
     def call() -> None:
         with evaluation_mode(model):
@@ -111,7 +111,7 @@ class _NeverEnds(Tokenizer):
 
 def decode(task: Task) -> Callable[[], object]:
     """Seconds of writing tokens after prompts that were read: those of reading and writing, less those of writing one."""
-    model = load_checkpoint(Path(task.model), dtype=task.torch_dtype)
+    model = load_checkpoint(Path(task.model), dtype=task.torch_dtype, device=task.device)
     model.config.raw.pop("eos_token_id", None)
     prompts = token_ids(task, model.config.vocab_size).tolist()
     return written(lambda new: generate_ids(model, _NeverEnds(), prompts, new, task.batch), task.new_tokens)
@@ -137,13 +137,14 @@ def score(task: Task) -> Callable[[], object]:
 
 def unpack(task: Task) -> Callable[[], object]:
     """A weight from 4 bits into a buffer that was used before."""
-    weight, out = quantize_nf4(matrices(task)[0]), torch.zeros(task.shape, dtype=task.torch_dtype)
+    weight = quantize_nf4(matrices(task)[0]).to(task.device)
+    out = torch.zeros(task.shape, dtype=task.torch_dtype, device=task.device)
     return lambda: weight.dequantize(out=out)
 
 
 def product(task: Task) -> Callable[[], object]:
     """Rows through a 4-bit layer, or through several in turn."""
-    layers = cycle([NF4Linear(quantize_nf4(weight)).train(task.grad) for weight in matrices(task)])
+    layers = cycle([NF4Linear(quantize_nf4(weight)).to(task.device).train(task.grad) for weight in matrices(task)])
     x = rows_of(task).requires_grad_(task.grad)
 
     def call() -> None:
@@ -155,7 +156,7 @@ def product(task: Task) -> Callable[[], object]:
 
 def rows_of(task: Task) -> torch.Tensor:
     """The x of a product: (rows, in)."""
-    return torch.randn(task.rows, task.shape[1], generator=torch.Generator().manual_seed(1)).to(task.torch_dtype)
+    return torch.randn(task.rows, task.shape[1], generator=torch.Generator().manual_seed(1)).to(task.device, task.torch_dtype)
 
 
 WORKS: dict[str, Callable[[Task], Callable[[], object]]] = {

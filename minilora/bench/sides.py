@@ -22,16 +22,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from minilora.bench.events import cold_seconds
 from minilora.bench.rows import quartiles
 from minilora.errors import MiniloraError
 from minilora.runs import peak_bytes
 
 Work = Literal["load", "step", "prefill", "decode", "score", "unpack", "product"]
+LAYER_WORKS = ("unpack", "product")
 PAUSE_SECONDS = 0.02        # between turns: OpenMP's threads spin for some milliseconds after their last loop
 PEERS_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "peers.py"
 
@@ -47,6 +50,7 @@ class Task:
         rows, shape: of x and of the weight (out, in), for product and unpack. dtype: of the result.
         grad: whether gradients are wanted. layers: that many weights are taken in turn (more than the caches hold).
         calls: of which a turn's seconds are the median.
+        device: cpu, or cuda: there a peak is the GPU's memory, and a single layer is timed by `events.cold_seconds`.
     """
 
     work: Work
@@ -63,6 +67,7 @@ class Task:
     grad: bool = True
     layers: int = 1
     calls: int = 1
+    device: str = "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -171,6 +176,9 @@ def serve(prepare: Callable[[Task], Callable[[], object]]) -> None:
     os.dup2(2, 1)                       # what libraries print is no answer
     task = Task.from_json(sys.argv[1])
     call = prepare(task)
+    device = torch.device(task.device)
+    if device.type == "cuda":
+        call = partial(cold_seconds, call) if task.work in LAYER_WORKS else partial(_finished, call, device)
 
     def answer(**fields: object) -> None:
         answers.write(json.dumps(fields) + "\n")
@@ -184,4 +192,10 @@ def serve(prepare: Callable[[Task], Callable[[], object]]) -> None:
             told = call()
             seconds.append(told if isinstance(told, float) else time.perf_counter() - started)
         answer(seconds=statistics.median(seconds))
-    answer(peak_bytes=peak_bytes(torch.device("cpu")))
+    answer(peak_bytes=peak_bytes(device))
+
+
+def _finished(call: Callable[[], object], device: torch.device) -> object:
+    told = call()
+    torch.cuda.synchronize(device)      # a call is over for Python before it is for the GPU
+    return told

@@ -47,7 +47,7 @@ class TableWriter:
     """
 
     def __init__(self, path: str | Path, columns: Sequence[str], overwrite: bool = False,
-                 numbers: Sequence[str] = ("probability",)) -> None:
+                 numbers: Sequence[str] = ("probability", "runner_up_probability")) -> None:
         self.path, self.columns, self.overwrite, self.numbers = Path(path), list(columns), overwrite, frozenset(numbers)
         self.kind = table_format(self.path, None, OutputError)
         self._stack = ExitStack()

@@ -16,6 +16,7 @@ import os
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,11 +30,15 @@ from minilora.kernels.cpu import KINDS, Constants
 # `dequantize`.
 OPTIONS = {"enable_fp_fusion": False}
 LONGEST_RUN = 64
-TILE = 4096                         # weights that a program holds at a time: 32 a thread, whose codes are one read of 16 bytes
-# Up to so many rows of x the product rebuilds W in registers; above, each further 128 rows would rebuild it once more, and
-# unpacking it once for torch's product is cheaper.  An estimate from bytes and instructions, for a GPU to correct
-# (`bench.gpu.crossing`); float32 has no tensor cores at full precision, so its line comes sooner.
-FUSED_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
+ROW_RUN = 32                        # of one row: what a thread reads at once, 16 bytes
+TILE = 4096                         # weights that a program of `dequantize` holds: 32 a thread, whose codes are 16 bytes
+ROW_TILE = 2048                     # the same of `row_product`, whose programs are single warps: 64 a thread
+ENOUGH_PROGRAMS, MOST_PARTS = 1024, 8
+ADDED = 1024                        # numbers of y that a program of `add_parts` sums
+# Up to so many rows of x the product rebuilds W in registers; above, unpacking it once for torch's product is cheaper.  As
+# measured on an H200 in bfloat16 (`bench.gpu.crossing`): 64 rows take 0.8 of that, 128 rows 1.1.  float32, which has no tensor
+# cores, is an estimate.
+FUSED_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 # Before Ampere Triton multiplies 16-bit matrices without tensor cores and with registers spilt; torch does better.
 TENSOR_CORES = (8, 0)
 FUSED_ROWS_WITHOUT = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 32}
@@ -47,16 +52,25 @@ class Tiles(NamedTuple):
     columns: int
 
 
-def tiles(rows: int, transposed: bool, dtype: torch.dtype) -> Tiles:
+def tiles(rows: int, dtype: torch.dtype, transposed: bool) -> Tiles:
     """The tiles for so many rows of x: a fixed choice, so that a sum never depends on what was measured.
 
-    With few rows the weight's bytes decide, and narrow tiles of y make more programs to read them at once (4096 features: 128);
-    with more rows a square tile serves more of them each time that it is rebuilt.
+    64 features of y fill the tensor cores' largest instruction, and 128 of a sum are 64 weights a thread, enough to pay for
+    what a step costs besides.  float32, which has no tensor cores, holds twice the bytes.
     """
-    if rows <= 32:
-        few = 16 if rows <= 16 else 32
-        return Tiles(few, 128, 32) if transposed else Tiles(few, 32, 128)
-    return Tiles(64 if rows <= 64 or dtype == torch.float32 else 128, 64, 64)
+    few = next(size for size in (16, 32, 64, 128) if rows <= size or size == 128)
+    if dtype == torch.float32:
+        return Tiles(min(few, 64), 64, 64)
+    return Tiles(few, 128, 64) if transposed else Tiles(few, 64, 128)
+
+
+def parts_of(programs: int, rows: int, steps: int) -> int:
+    """In how many parts sums are taken, by as many programs, so that there is work for every multiprocessor.
+
+    Args: programs: without parts. rows: of y; each part of them is written and read once more. steps: of one sum.
+    """
+    enough = ENOUGH_PROGRAMS if rows <= 32 else ENOUGH_PROGRAMS // 3
+    return max(1, min(-(-enough // programs), MOST_PARTS, steps))
 
 
 def run_length(*sizes: int, longest: int = LONGEST_RUN) -> int:
@@ -79,6 +93,7 @@ class Kernel:
     def __init__(self, tensor_cores: bool = True) -> None:
         from minilora.kernels import nf4_triton
         self._programs: ModuleType = nf4_triton
+        self.shuffled = torch.version.hip is None       # the shuffle is written in the language of NVIDIA's GPUs
         self.fused_rows = FUSED_ROWS if tensor_cores else FUSED_ROWS_WITHOUT
 
     def dequantize(self, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
@@ -97,7 +112,7 @@ class Kernel:
         if n:
             run = run_length(sizes["BLOCKSIZE"])
             self._launch("dequantize", (-(-n // TILE),), out.detach(), n, *weight, **sizes, RUN=run, SHORT=n % run != 0,
-                         TILE=TILE)
+                         WORDS=_words(packed, run) and n % run == 0, SHUFFLED=self.shuffled, TILE=TILE)
         return out
 
     def product(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out_features: int,
@@ -108,10 +123,10 @@ class Kernel:
             x: (rows, in) float32, bfloat16 or float16, contiguous. packed: the codes of W (out, in).
             bias: (out,) float32 or None.
 
-        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type; products are summed in float32, and
-            the result is rounded once.
+        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type, or for one row to float32; products
+            are summed in float32, and the result is rounded once.
         Raises: ValueError: a tensor has another type, size, layout or device.
-        Guarantee: off the exact sum of those products by at most (in + 2) · 2⁻²⁴ · (Σ|x w| + |bias|) before the one rounding,
+        Guarantee: off the exact sum of those products by at most (in + 3) · 2⁻²⁴ · (Σ|x w| + |bias|) before the one rounding,
             for one row and for float32; for more rows of 16 bits four times that, as tensor cores cut where they should round
             (tests/kernels/test_gpu.py).  A row's result does not depend on its neighbours' values.
         """
@@ -119,13 +134,13 @@ class Kernel:
         weight, sizes = _weight(packed, constants, code, blocksize, out_features * in_features, x.device)
         bias = None if bias is None else _checked(bias, x.device, torch.float32, count=out_features)
         y = torch.empty(rows, out_features, dtype=_checked(x, x.device, *KINDS).dtype, device=x.device)
-        if rows != 1:
-            return self._product(x, y, bias, out_features, in_features, weight, sizes, transposed=False)
-        columns = max(LONGEST_RUN, min(1024, 1 << (in_features - 1).bit_length()))
-        out = TILE // columns
+        run = run_length(sizes["BLOCKSIZE"], in_features, longest=ROW_RUN)
+        if rows != 1 or not _words(packed, run):
+            return self._product(x.float() if rows == 1 else x, y, bias, out_features, in_features, weight, sizes, False)
+        columns = max(run, min(1024, 1 << (in_features - 1).bit_length()))
+        out = ROW_TILE // columns
         self._launch("row_product", (-(-out_features // out),), y, x, x if bias is None else bias, out_features, in_features,
-                     *weight, **sizes, RUN=run_length(sizes["BLOCKSIZE"], in_features), BIAS=bias is not None, OUT=out,
-                     IN=columns)
+                     *weight, **sizes, RUN=run, BIAS=bias is not None, SHUFFLED=self.shuffled, OUT=out, IN=columns, num_warps=1)
         return y
 
     def product_transposed(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int,
@@ -139,14 +154,20 @@ class Kernel:
     def _product(self, x: Tensor, y: Tensor, bias: Tensor | None, out_features: int, in_features: int,
                  weight: tuple[Tensor | float, ...], sizes: dict[str, int], transposed: bool) -> Tensor:
         rows, features = y.shape
-        tile = tiles(rows, transposed, x.dtype)
+        tile = tiles(rows, x.dtype, transposed)
+        kept, summed = (tile.columns, tile.out) if transposed else (tile.out, tile.columns)
+        programs = -(-features // kept), -(-rows // tile.rows)
+        parts = parts_of(prod(programs), rows, -(-x.shape[1] // summed))
         if y.numel():
             run = run_length(sizes["BLOCKSIZE"], in_features, longest=min(LONGEST_RUN, tile.columns))
-            # Bytes that are read one by one are fetched ahead as addresses: three steps of them fill the shared memory.
-            self._launch("product", (-(-features // (tile.columns if transposed else tile.out)), -(-rows // tile.rows)),
-                         y, x, x if bias is None else bias, rows, out_features, in_features, *weight, **sizes,
-                         RUN=run, BIAS=bias is not None, TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out, IN=tile.columns,
-                         num_stages=1 if run == 1 else 3)
+            sums = y if parts == 1 else torch.empty(parts, rows, features, device=y.device)
+            here = bias if parts == 1 else None
+            self._launch("product", (*programs, parts), sums, x, x if here is None else here, rows, out_features, in_features,
+                         *weight, **sizes, RUN=run, WORDS=_words(weight[0], run), BIAS=here is not None, TRANSPOSED=transposed,
+                         SHUFFLED=self.shuffled, PARTS=parts, ROWS=tile.rows, OUT=tile.out, IN=tile.columns, num_stages=1)
+            if parts > 1:
+                self._launch("add_parts", (-(-y.numel() // ADDED),), y, sums, x if bias is None else bias, y.numel(), features,
+                             PARTS=parts, BIAS=bias is not None, TILE=ADDED)
         return y
 
     def _launch(self, name: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **sizes: Any) -> None:
@@ -164,6 +185,11 @@ def _checked(tensor: Tensor, device: torch.device, *dtypes: torch.dtype, count: 
         raise ValueError(f"the kernel takes {wanted}, not {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} "
                          f"on {tensor.device}")
     return tensor
+
+
+def _words(packed: Any, run: int) -> bool:
+    """Whether runs of codes can be read as words of eight; a buffer that begins anywhere is read byte by byte."""
+    return run >= 8 and packed.data_ptr() % 16 == 0
 
 
 def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from operator import is_
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class NF4Linear(nn.Module):
             self.register_buffer("nested_codes", weight.nested.codes)
             self.register_buffer("nested_absmax", weight.nested.absmax)
             self.register_buffer("nested_offset", torch.tensor(weight.nested.offset, dtype=torch.float32))
-            self._offset: tuple[Tensor, int, float] | None = None
+        self._made: tuple[tuple[int, torch.dtype], tuple[Tensor | None, ...], NF4Tensor] | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -140,17 +141,23 @@ class NF4Linear(nn.Module):
 
     @property
     def quantized(self) -> NF4Tensor:
-        """The weight as an `NF4Tensor` that shares the layer's storage."""
+        """The weight as an `NF4Tensor` that shares the layer's storage.
+
+        Made once, and again only after a buffer was replaced, or the offset, which is read off the device, was written to
+        (load_state_dict): a token in decoding asks for hundreds.
+        """
+        parts = tuple(self._buffers.values())
+        state = self.nested_offset._version if self.double_quant else 0, self.weight_dtype
+        if self._made is not None and self._made[0] == state and all(map(is_, self._made[1], parts)):
+            return self._made[2]
         shape = torch.Size((self.out_features, self.in_features))
-        if not self.double_quant:
-            return NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, stored_absmax=self.absmax)
-        # The offset is read off the device once, and again only after it was replaced or written to (load_state_dict).
-        offset = self.nested_offset
-        known = self._offset
-        if known is None or known[0] is not offset or known[1] != offset._version:
-            known = self._offset = (offset, offset._version, float(offset))
-        nested = NestedAbsmax(self.nested_codes, self.nested_absmax, known[2], self.nested_blocksize)
-        return NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, nested=nested)
+        if self.double_quant:
+            nested = NestedAbsmax(self.nested_codes, self.nested_absmax, float(self.nested_offset), self.nested_blocksize)
+            made = NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, nested=nested)
+        else:
+            made = NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, stored_absmax=self.absmax)
+        self._made = state, parts, made
+        return made
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Ŵ: a new (out, in) tensor, in `dtype` or the type the weight was quantized from."""

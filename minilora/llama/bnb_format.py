@@ -38,6 +38,8 @@ from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, as_shape
 
 STATE = ".quant_state.bitsandbytes__nf4"
 PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+LARGEST_STATE = 1 << 16         # bytes of one linear's JSON; it takes 200
+LARGEST_BLOCK = 1 << 30         # weights: above every layer, below what would overflow
 TABLE_TOLERANCE = 1e-6          # tables were computed by different versions; a wrong table is off by far more
 
 
@@ -56,11 +58,11 @@ def check_quantization_config(config: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: quantization_config must be an object, found {type(found).__name__}")
     method = found.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
-        kind = str(method)
+        kind = str(method)[:60]
     elif found.get("load_in_8bit") or found.get("_load_in_8bit"):
         kind = "bitsandbytes 8-bit"
     elif found.get("bnb_4bit_quant_type", "nf4") != "nf4":
-        kind = f"bitsandbytes {found['bnb_4bit_quant_type']}"
+        kind = f"bitsandbytes {found['bnb_4bit_quant_type']!s:.60}"
     else:
         return
     raise CheckpointError(f"{source}: the weights are quantized as {kind}; only bitsandbytes nf4 is read: use the 16-bit model")
@@ -84,16 +86,17 @@ def quantized_linears(entries: dict[str, TensorEntry]) -> dict[str, list[str]]:
 
 def _whole(state: dict[str, Any], key: str, place: str) -> int:
     value = state.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{place}: {key} must be a whole number above zero, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BLOCK:
+        raise CheckpointError(f"{place}: {key} must be a whole number from 1 to {LARGEST_BLOCK:,}, found {value!r:.60}")
     return value
 
 
 def _dtype(state: dict[str, Any], key: str, place: str) -> torch.dtype:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if state.get(key) not in dtypes:
-        raise CheckpointError(f"{place}: {key} must be one of {', '.join(dtypes)}, found {state.get(key)!r}")
-    return dtypes[state[key]]
+    name = state.get(key)
+    if not isinstance(name, str) or name not in dtypes:
+        raise CheckpointError(f"{place}: {key} must be one of {', '.join(dtypes)}, found {name!r:.60}")
+    return dtypes[name]
 
 
 def read_state(weights: WeightFiles, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -106,13 +109,16 @@ def read_state(weights: WeightFiles, name: str, shape: tuple[int, ...]) -> dict[
     """
     key = f"{name}.weight{STATE}"
     place = weights.place(key)
+    if weights.entries[key].nbytes > LARGEST_STATE:
+        raise CheckpointError(f"{place}: has {weights.entries[key].nbytes:,} bytes, more than a description takes; fetch it "
+                              "again")
     state = parse_object(weights.read(key).contiguous().view(-1).view(torch.uint8).numpy().tobytes(), place)
     if state.get("quant_type") != "nf4":
-        raise CheckpointError(f"{place}: quant_type must be nf4, found {state.get('quant_type')!r}")
+        raise CheckpointError(f"{place}: quant_type must be nf4, found {state.get('quant_type')!r:.60}")
     try:
         found = tuple(as_shape(state.get("shape") or ()))
-    except (QuantizationError, TypeError) as error:
-        raise CheckpointError(f"{place}: shape must be a list of whole numbers, found {state.get('shape')!r}") from error
+    except (QuantizationError, TypeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{place}: shape must be a list of whole numbers, found {state.get('shape')!r:.80}") from error
     if found != shape:
         raise CheckpointError(f"{place}: shape {found}, but config.json needs {shape}; fetch both from one upload")
     blocksize = _whole(state, "blocksize", place)
@@ -124,8 +130,8 @@ def read_state(weights: WeightFiles, name: str, shape: tuple[int, ...]) -> dict[
         needed |= {".nested_absmax": nested_blocks, ".nested_quant_map": 256}
         _dtype(state, "nested_dtype", place)
         offset = state.get("nested_offset")
-        if not isinstance(offset, (int, float)) or not -1e30 < offset < 1e30:
-            raise CheckpointError(f"{place}: nested_offset must be a number, found {offset!r}")
+        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not -1e30 < offset < 1e30:
+            raise CheckpointError(f"{place}: nested_offset must be a number, found {offset!r:.60}")
     for part, count in needed.items():
         entry = weights.entries.get(f"{name}.weight{part}")
         if entry is None:
@@ -158,6 +164,10 @@ def read_nf4(weights: WeightFiles, name: str, shape: tuple[int, ...]) -> NF4Tens
         if (part == ".quant_map" or state["nested"]) and not torch.allclose(flat(part), table, rtol=0, atol=TABLE_TOLERANCE):
             raise CheckpointError(f"{weights.place(key + part)}: not the table of nf4; this loader knows no other")
     packed, constants, dtype = flat("").view(torch.uint8), flat(".absmax"), _dtype(state, "dtype", key)
+    floats = {".nested_absmax": flat(".nested_absmax")} if state["nested"] else {".absmax": constants}
+    for part, values in floats.items():
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"{weights.place(key + part)}: holds NaN or infinities; fetch the file again")
     if not state["nested"]:
         return NF4Tensor(packed, torch.Size(shape), dtype, state["blocksize"], stored_absmax=constants)
     rounded = _dtype(state, "nested_dtype", key)

@@ -19,7 +19,7 @@ from minilora.llama.strict_json import read_object
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 LARGEST = 1 << 24       # of any dimension: far above every published model, far below what would overflow
-MOST_LAYERS = 1 << 12   # each is built as a module before any weight is looked at
+MOST_LAYERS = 1 << 10   # each is built as a module before any weight is looked at
 
 
 @dataclass(frozen=True)

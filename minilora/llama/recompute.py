@@ -44,8 +44,8 @@ class _Held(torch.autograd.Function):
 
 
 def _hold(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    node = _Held.apply(torch.empty(0, requires_grad=True), *(tensor.detach() for tensor in tensors)).grad_fn
-    return lambda: node.saved_tensors
+    held = _Held.apply(torch.empty(0, requires_grad=True), *(tensor.detach() for tensor in tensors))
+    return lambda: held.grad_fn.saved_tensors     # through the tensor: where it dies, older versions of torch free what is kept
 
 
 class _Recomputed:

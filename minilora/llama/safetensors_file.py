@@ -28,10 +28,13 @@ from torch import Tensor
 from minilora.errors import CheckpointError, OutputError
 from minilora.files import atomic_path
 from minilora.llama.mapped import read_early
+from minilora.llama.strict_json import parse_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 16 << 20       # bytes: 150,000 tensors in one file; the library would read 100 MB into a gigabyte
+LONGEST_KEY = 512               # characters of a tensor's name, which messages quote
 
 
 @dataclass(frozen=True)
@@ -50,25 +53,34 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file, in no promised order; no tensor data is read.
 
-    Raises: CheckpointError: unreadable, not safetensors, or cut short.
+    Raises: CheckpointError: unreadable, not safetensors, cut short, or with a header that no model has.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file; fetch it again")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise CheckpointError(f"{path}: not a safetensors file, or not a model's: its header would take {length:,} bytes; "
+                                  "fetch it again")
         with safe_open(path, framework="pt"):       # the library's checks, all of them, on the header and the file's size
             pass
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            file.seek(8)
+            header = parse_object(file.read(length), str(path))
     except SafetensorError as error:
-        detail = " ".join(str(error).split())
+        detail = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: not a whole safetensors file, probably a download cut short ({detail}); fetch it "
                               "again") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its safetensors header is not readable; fetch it again") from error
     entries = {}
     for key, value in header.items():
+        if len(key) > LONGEST_KEY:
+            raise CheckpointError(f"{path}: a tensor's name has {len(key):,} characters; fetch the file again")
         if key != "__metadata__":
+            if not isinstance(value["dtype"], str):     # Trap: the library also takes {"F32": null}
+                raise CheckpointError(f"{path}: {key} has the type {value['dtype']!r:.60}, which is none; fetch the file again")
             start, end = value["data_offsets"]
             entries[key] = TensorEntry(key, path, value["dtype"], DTYPES.get(value["dtype"]), tuple(value["shape"]),
                                        8 + length + start, end - start)

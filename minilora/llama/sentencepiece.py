@@ -10,6 +10,7 @@ Source: sentencepiece_model.proto and bpe_model.cc in google/sentencepiece.
 """
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
 from minilora.errors import CheckpointError
+from minilora.llama.charsmap import check_charsmap
 from minilora.llama.strict_json import read_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6      # SentencePiece.Type
 BPE = 2                                                                      # TrainerSpec.ModelType
+LARGEST = 32 << 20      # bytes of a file; 256,000 pieces take four million
+LONGEST = 256           # characters of a piece that merges make: each is cut everywhere, and SentencePiece's own limit is 16
 SPACE = "▁"                                                                  # U+2581 stands for a space
 
 
@@ -108,7 +112,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
     Raises: CheckpointError: not a SentencePiece model, cut short, or a kind that this reader does not know (unigram).
     """
-    data = read_bytes(path)
+    data = read_bytes(path, LARGEST)
     try:
         message: dict[int, list[int | bytes]] = {}
         for number, value in fields(data):
@@ -123,6 +127,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     if kind != BPE:
         raise CheckpointError(f"{path}: a SentencePiece model of type {kind!r}; only BPE (2), Llama's, is read: use "
                               "a folder with tokenizer.json")
+    if any(not math.isfinite(piece.score) for piece in pieces):
+        raise CheckpointError(f"{path}: a piece's score is no number; fetch the file again")
+    if any(len(piece.text) > LONGEST for piece in pieces):
+        raise CheckpointError(f"{path}: a piece has more than {LONGEST} characters; fetch the file again")
     if len({piece.text for piece in pieces}) != len(pieces):
         raise CheckpointError(f"{path}: the same piece stands twice; fetch the file again")
     # Pieces that are always matched whole, or merged and taken apart again, follow other rules; Llama's files have none.
@@ -135,6 +143,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         return value if isinstance(value, int) and 0 <= value < len(pieces) else None      # -1, a huge varint, means none
 
     charsmap = normalizer.get(2, b"")
+    try:
+        check_charsmap(charsmap if isinstance(charsmap, bytes) else b"?")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; fetch the file again") from None
     return SentencePieceModel(
         pieces, bool(trainer.get(35, 0)), id_of(40, 0) or 0, id_of(41, 1), id_of(42, 2), id_of(43, -1),
         charsmap if isinstance(charsmap, bytes) else b"",

@@ -1,7 +1,8 @@
 """JSON from strangers: a model folder's config, index and tokenizer settings, read without surprises.
 
 `json.loads` keeps the last of two equal keys; in an index that would silently pick one of two shards, so a repeated key
-is refused here.  Every failure names the file.
+is refused here.  Only regular files are read, and only up to a size: a pipe would wait for ever, and a device never end.
+Every failure names the file, and quotes no more of it than a line holds.
 """
 from __future__ import annotations
 
@@ -11,12 +12,16 @@ from typing import Any
 
 from minilora.errors import CheckpointError
 
+LARGEST_OBJECT = 16 << 20       # bytes of a config or an index: that of 405 billion parameters in 4 bits takes one
+LARGEST_FILE = 256 << 20        # bytes of a tokenizer: those of 256,000 tokens take 35
+
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r:.80} stands twice")
+        result[key] = value
     return result
 
 
@@ -33,7 +38,7 @@ def parse_object(text: bytes, source: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{source}: not UTF-8 text (byte {error.start}); fetch the file again") from error
     except (ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
         raise CheckpointError(f"{source}: not readable as JSON ({detail}); fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: must hold a JSON object {{...}}, found {type(value).__name__}")
@@ -45,12 +50,22 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises: CheckpointError: no such file, unreadable, or as `parse_object`.
     """
-    return parse_object(read_bytes(path), str(path))
+    return parse_object(read_bytes(path, LARGEST_OBJECT), str(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """A small file's bytes; an unreadable one is a `CheckpointError` that names it."""
+def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
+    """A small file's bytes.
+
+    Raises: CheckpointError: no such file, no regular one, larger than `largest` bytes, or unreadable; names it.
+    """
     try:
-        return path.read_bytes()
+        size = path.stat().st_size
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file; fetch it again")
+        if size > largest:
+            raise CheckpointError(f"{path}: has {size:,} bytes, more than the {largest:,} that such a file may have; fetch it "
+                                  "again")
+        with path.open("rb") as file:
+            return file.read(largest)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -14,7 +14,9 @@ The `tokenizers` library does the work.  What is decided here is what model fold
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from minilora.llama.strict_json import parse_object, read_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja")
+LONGEST_SPECIAL = 256       # characters of a special token, which messages quote
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Spellings of the last resort, for a folder that holds nothing but the tokenizer.
 KNOWN = {"bos": ("<s>", "<|begin_of_text|>", "<bos>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
          "pad": ("<pad>", "<PAD>", "[PAD]", "<|pad|>"), "unk": ("<unk>", "[UNK]")}
@@ -59,11 +63,12 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes one text (str), not a {type(text).__name__}")
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):     # a lone surrogate, which UTF-8 cannot hold: U+FFFD instead
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+        with _library("the tokenizer cannot read a text"):
+            try:
+                ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            except (TypeError, UnicodeEncodeError):     # a lone surrogate, which UTF-8 cannot hold: U+FFFD instead
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                ids = self._backend.encode(text, add_special_tokens=False).ids
         if self.bos_id is None:
             return ids
         if self.bos_id in ids:                      # a vocabulary that spells BOS as an ordinary word
@@ -83,7 +88,8 @@ class Tokenizer:
             raise ConfigError(f"token id {min(kept)} is negative; take out what is no token before decoding")
         if skip_special:
             kept = [token for token in kept if token not in self.special_ids]
-        return str(self._backend.decode(kept, skip_special_tokens=False))
+        with _library("the tokenizer cannot write a text"):
+            return str(self._backend.decode(kept, skip_special_tokens=False))
 
     def token(self, token_id: int | None) -> str | None:
         """The spelling of a token in the vocabulary, or None."""
@@ -115,11 +121,31 @@ class Tokenizer:
                 temporary.write_bytes(content)
 
 
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Errors of the library inside a text, which tells nothing of it: they are damage to the tokenizer.
+
+    Trap: a panic of its Rust code is no `Exception`.
+    """
+    try:
+        yield
+    except (TypeError, UnicodeError):       # the caller's own
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what} ({type(error).__name__}); fetch its files again") from None
+
+
 def _spelling(value: object, source: str, key: str) -> str | None:
     """A special token's text: a string, or an object with "content", or null."""
     if isinstance(value, dict):
         value = value.get("content")
-    if value is None or isinstance(value, str):
+    if isinstance(value, str) and len(value) > LONGEST_SPECIAL:
+        raise CheckpointError(f"{source}: {key} has {len(value):,} characters; fetch the file again")
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if value is None:
         return value
     raise CheckpointError(f"{source}: {key} must be a text, found {type(value).__name__}")
 
@@ -216,11 +242,36 @@ def _from_json(folder: Path, name: str, files: dict[str, bytes]) -> tuple[tokeni
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) and isinstance(token.get("id"), int) for token in added):
         raise CheckpointError(f"{path}: added_tokens is malformed; fetch the file again")
+    _check_model(content.get("model"), added, str(path))
     try:
         return tokenizers.Tokenizer.from_buffer(files[name]), {token["id"] for token in added if token.get("special")}
-    except Exception as error:                          # the library raises plain Exception
+    except BaseException as error:                      # the library raises plain Exception, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         detail = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{path}: not a tokenizer ({detail}); fetch it again") from error
+
+
+def _check_model(model: object, added: list[dict[str, Any]], source: str) -> None:
+    """Refuse what the library would only stumble over in a text, or panic at: a missing UNK, merges of unknown tokens."""
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        return                                          # no Llama's; the library says what is wrong with it, if anything
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise CheckpointError(f"{source}: a BPE with prefixes or suffixes is not read; no Llama has one")
+    unknown, vocab, merges = model.get("unk_token"), model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return
+    if unknown is not None and not (isinstance(unknown, str) and
+                                    (unknown in vocab or any(token.get("content") == unknown for token in added))):
+        raise CheckpointError(f"{source}: its unk_token {unknown!r:.60} is not in the vocabulary; fetch the file again")
+    ids = [token_id for token_id in vocab.values() if isinstance(token_id, int)]
+    if len(set(ids)) != len(ids):
+        raise CheckpointError(f"{source}: two tokens of the vocabulary have the same id; fetch the file again")
+    for number, merge in enumerate(merges):
+        halves = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(halves, list) or len(halves) != 2 or not all(isinstance(half, str) for half in halves) or \
+                "".join(halves) not in vocab or halves[0] not in vocab or halves[1] not in vocab:
+            raise CheckpointError(f"{source}: merge {number} is of what is not in the vocabulary; fetch the file again")
 
 
 def _only_control_is_special(backend: tokenizers.Tokenizer, control: set[int]) -> tokenizers.Tokenizer:
@@ -230,7 +281,8 @@ def _only_control_is_special(backend: tokenizers.Tokenizer, control: set[int]) -
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["id"] in control
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
+    with _library("the tokenizer cannot be written again"):
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def read_tokenizer(path: Path | str) -> Tokenizer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections import deque
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError
 from minilora.llama.mapped import let_go, read_early
-from minilora.llama.safetensors_file import TensorEntry, map_tensor, read_header, read_tensor
+from minilora.llama.safetensors_file import LONGEST_KEY, TensorEntry, map_tensor, read_header, read_tensor
 from minilora.llama.strict_json import read_object
 
 KINDS = (("model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"),
@@ -37,10 +38,14 @@ def shard_path(folder: Path, name: object, named_by: str) -> Path:
     Raises: CheckpointError: not a plain file name, a link that leaves the folder, or no such file.
     Note: the Hugging Face cache's links (snapshots/<revision>/file -> ../../blobs/<hash>) are followed, no others.
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\x00]", name):
-        raise CheckpointError(f"{named_by}: shard {name!r} is not a plain file name; shards must lie beside their index")
+    if not isinstance(name, str) or not 0 < len(name) < 256 or name in (".", "..") or re.search(r"[/\\\x00]", name):
+        raise CheckpointError(f"{named_by}: shard {name!r:.80} is not a plain file name; shards must lie beside their index")
     path = folder / name
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError):           # a name that the disk cannot have: too long, or no text
+        there = False
+    if not there:
         raise CheckpointError(f"{path}: missing, though {named_by} names it; fetch the shard and put it there")
     if path.is_symlink():
         root = folder.resolve()
@@ -48,6 +53,8 @@ def shard_path(folder: Path, name: object, named_by: str) -> Path:
         blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
         if target.parent != blobs and not path.resolve().is_relative_to(root):
             raise CheckpointError(f"{path}: is a link that leaves the model's folder; copy the file here instead")
+    if not path.is_file():                  # a pipe would keep its reader waiting
+        raise CheckpointError(f"{path}: is no regular file; fetch it again")
     return path
 
 
@@ -57,6 +64,9 @@ def _shards(folder: Path, index: str) -> tuple[list[Path], dict[str, Path]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / index}: no weight_map; fetch the index again")
     files: dict[str, Path] = {}
+    longest = max(weight_map, key=len)
+    if len(longest) > LONGEST_KEY:
+        raise CheckpointError(f"{folder / index}: a tensor's name has {len(longest):,} characters; fetch the index again")
     for name in weight_map.values():
         if not isinstance(name, str) or name not in files:
             files[name] = shard_path(folder, name, str(folder / index))
@@ -84,25 +94,56 @@ def find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Path] | None]
 
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
     """Unpickle a .bin file's tensors: (key -> tensor, whether they are mapped from the file)."""
-    mapped = zipfile.is_zipfile(path)       # the format since torch 1.6; older files cannot be mapped
     try:
+        mapped = zipfile.is_zipfile(path)       # the format since torch 1.6; older files cannot be mapped
+        if mapped:
+            _refuse_compressed(path)
         if not mapped and path.open("rb").read(4) == b"PK\x03\x04":
             raise CheckpointError(f"{path}: cut short (its table of contents, which stands last, is missing); fetch it again")
         content: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise CheckpointError(f"{path}: refused: it holds Python code ({code[1]}), not only tensors, and none of it was "
-                                  "run; use a safetensors copy from a source you trust") from error
+            raise CheckpointError(f"{path}: refused: it holds Python code ({code[1]:.80}), not only tensors, and none of it "
+                                  "was run; use a safetensors copy from a source you trust") from error
         raise CheckpointError(f"{path}: not a file of tensors, or cut short; fetch it again") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError, MemoryError, OverflowError,
+            AssertionError, NotImplementedError, zipfile.BadZipFile, struct.error, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"{path}: not a whole .bin file ({detail}); fetch it again") from error
     if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise CheckpointError(f"{path}: must hold a flat dictionary of tensors, as Hugging Face writes it; found another form")
+    for key, value in content.items():
+        if len(key) > LONGEST_KEY:
+            raise CheckpointError(f"{path}: a tensor's name has {len(key):,} characters; fetch the file again")
+        if not _is_plain(value):
+            raise CheckpointError(f"{path}: {key}: is no plain tensor, or has more elements than the file has bytes for; save "
+                                  "it again as contiguous")
     return {key: value.detach() for key, value in content.items()}, mapped
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch stores its records as they are; a compressed one may grow a thousandfold when it is read."""
+    with zipfile.ZipFile(path) as archive:
+        packed = next((entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise CheckpointError(f"{path}: refused: its record {packed.filename!r:.80} is compressed, which torch never does; "
+                              "fetch it again from a source you trust")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether each element has its own bytes in the file.
+
+    Trap: a pickle may also make tensors that are sparse, quantized or without memory, and with a stride of 0 one of a
+    terabyte out of four bytes.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    if tensor.is_nested or tensor.is_quantized or tensor.is_complex() or tensor.is_neg():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 class WeightFiles:

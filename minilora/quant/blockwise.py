@@ -64,7 +64,7 @@ def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     """
     flat_n = flat(x, blocksize)
     kernel = cpu.kernel() if flat_n.device.type == "cpu" and flat_n.dtype == torch.float32 else None
-    made = None if kernel is None else kernel.quantize_bytes(flat_n, code, blocksize)
+    made = kernel.quantize_bytes(flat_n, code, blocksize) if isinstance(kernel, cpu.Kernel) else None
     # Without a kernel, or with a number that is not finite, which `flat_finite` names.
     return reference.quantize_blocks(flat_finite(x, blocksize), code.to(x.device), blocksize) if made is None else made
 

@@ -12,6 +12,7 @@ from minilora.files import check_output, write_text
 from minilora.report.confusion import errors_section
 from minilora.report.facts import facts_section, heading
 from minilora.report.hardest import hardest_section
+from minilora.report.held import others_section
 from minilora.report.markup import Markup
 from minilora.report.page import page
 from minilora.report.pager import pager_section
@@ -52,8 +53,8 @@ def write_report(run: str | Path, out: str | Path | None = None, evaluation: str
     found = read_evaluation(scores, read, show_text) if scores is not None else None
     sections: list[Markup | None] = [heading(read, found, hint)]
     if found is not None:
-        sections += [scores_section(found), calibration_section(found), errors_section(found), labels_section(found),
-                     hardest_section(found)]
+        sections += [scores_section(found, read), others_section(found.held), calibration_section(found),
+                     errors_section(found), labels_section(found), hardest_section(found)]
     sections += [training_section(read), pager_section(read), facts_section(read)]
     write_text(path, page(f"{folder.resolve().name}: minilora report", sections), mode=0o600 if show_text else 0o644)
     return path

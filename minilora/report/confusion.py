@@ -12,6 +12,7 @@ import numpy as np
 
 from minilora.clinical import clinical_difference, read_protocol
 from minilora.metrics import Ints
+from minilora.report.held import cosine_figure, costs_table
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import percent, shortened
 from minilora.report.scorefiles import ScoreFiles
@@ -86,9 +87,11 @@ def errors_section(found: ScoreFiles) -> Markup:
         tag("p", f"{total:,} of {found.n:,} answers are wrong. "
                  + ("By the names of the two protocols they differ in:" if protocols else "")),
         table(["differs in", "errors", "of all", ""], bars, numbers=(1, 2)) if protocols else None,
+        costs_table(found.held) if protocols else None,
         tag("h3", "The most frequent"),
         table(["times", "right", "answered", *(["what differs"] if protocols else [])], listed, numbers=(0,), class_="dense"),
         tag("h3", "Which label is taken for which"), _heat_map(found, answers),
+        cosine_figure(found.held),
         [tag("h3", "Close by cosine, clinically different"),
          tag("p", "Labels that read nearly the same and mean another examination: here a high cosine is no comfort.",
              class_="quiet"),

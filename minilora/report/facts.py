@@ -5,12 +5,13 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from minilora.baseline import NAME as BAG_OF_WORDS
 from minilora.config import TrainConfig
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import byte_text, duration, percent
 from minilora.report.runfiles import RunFiles
 from minilora.report.scorefiles import ScoreFiles
-from minilora.report.scoring import interval_bar
+from minilora.report.scoring import BASELINES, interval_bar
 from minilora.report.svg import smooth
 from minilora.report.training import window
 
@@ -69,11 +70,15 @@ def _headline(run: RunFiles, found: ScoreFiles | None, hint: str) -> Markup:
                    class_="hint")
     score, interval = found.scores["exact_match"], found.intervals.get("exact_match")
     between = f", 95% interval {percent(interval[0])} to {percent(interval[1])}" if interval else ""
-    guesses = {name: float(entry["exact_match"]) for name, entry in found.baselines.items() if "exact_match" in entry}
-    guess = f" A guess is right in {percent(max(guesses.values()))} at best (grey ticks)." if guesses else ""
+    others = {name: float(entry["exact_match"]) for name, entry in found.baselines.items() if "exact_match" in entry}
+    guesses = [rate for name, rate in others.items() if name in BASELINES]
+    said = [f"A guess is right in {percent(max(guesses))} at best"] if guesses else []
+    said += [f"{'a ' if name == BAG_OF_WORDS else ''}{name} in {percent(rate)}" for name, rate in others.items()
+             if name not in BASELINES]
+    guess = f" {', '.join(said)} (grey ticks)." if said else ""
     return tag("div", tag("p", percent(score), class_="score"),
                tag("div", tag("p", tag("strong", "exact match"), f" on {found.n:,} rows{between}.{guess}"),
-                   interval_bar(score, interval, guesses, width=320)), class_="headline")
+                   interval_bar(score, interval, others, width=320)), class_="headline")
 
 
 def _figures(run: RunFiles) -> Markup:

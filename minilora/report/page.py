@@ -49,6 +49,7 @@ pre { background: var(--soft); padding: 12px 14px; margin: 8px 0; font: 13px/1.5
 .tiles dt { color: var(--quiet); font-size: 13px; }
 .tiles dd { margin: 0; font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 8px 44px; }
+.single { max-width: 520px; }
 figure { margin: 8px 0 0; min-width: 0; } figure h3 { margin: 14px 0 2px; }
 figcaption { margin-top: 4px; max-width: 64ch; }
 .legend { margin: 0 0 4px; min-height: 21px; }
@@ -91,6 +92,7 @@ footer { margin-top: 56px; border-top: 1px solid var(--rule); padding-top: 12px;
 @media (max-width: 600px) { body { padding: 24px 16px 48px; } h1 { font-size: 24px; } h2 { margin-top: 40px; }
   .headline .score { font-size: 48px; } td, th { padding-right: 12px; } .tiles { grid-template-columns: 1fr 1fr; }
   table { font-size: 14px; } .axis, .tick { font-size: 13px; }
+  .others :is(td, th):is(:nth-child(4), :nth-child(8)),
   .scores .block, .scores :is(td, th):nth-child(4), .labels :is(td, th):is(:nth-child(3), :nth-child(n + 7)) {
     display: none; } }
 @media print { :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --quiet: #444b52; --rule: #bbc1c8;
@@ -99,6 +101,7 @@ footer { margin-top: 56px; border-top: 1px solid var(--rule); padding-top: 12px;
   body { max-width: none; padding: 0; font-size: 10.5pt; } h2 { margin-top: 24pt; }
   h2, h3, thead { break-after: avoid; } table, .dense, pre { font-size: 9pt; }
   figure, tr, pre, .headline, .tiles, li { break-inside: avoid; } .charts { grid-template-columns: 1fr 1fr; gap: 6px 24px; }
+  .scores td:first-child { min-width: 44mm; } .scores .bar { width: 100px; }
   .scroll { overflow: visible; } .wide > div { width: 100% !important; } }
 @page { margin: 14mm; }
 """

@@ -1,14 +1,14 @@
 """What `minilora evaluate --out DIR` wrote: metrics.json and predictions.csv.
 
-Which evaluation is a run's: the one that is named; else the only one inside the run folder; else the only one beside it, where
-no other run lies that it could be of.  Anything else is left to the user, and the page says so.
+Which evaluation is a run's: the one that is named; else the only one inside the run folder; else the only one that says, by its
+hash, that it is of the run's adapter; else the only one beside the folder, where no other run lies that it could be of.
+Anything else is left to the user, and the page says so.
 
 Note text is patient data.  Notes are kept only if they are asked for, and an answer that is no known label may repeat one, so
 it is never kept at all: it becomes `OTHER`.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minilora.adapters import WEIGHTS_FILE
+from minilora.card import file_sha256
 from minilora.clinical import ClosePair
 from minilora.data.formats import records
 from minilora.errors import DataError
 from minilora.evaluate import OTHER
 from minilora.metrics import Floats, Ints, normalize_label, number_labels
+from minilora.report.checked import checked_interval, checked_object, checked_rate, checked_rows, read_json
+from minilora.report.held import Held, read_held
 from minilora.report.runfiles import RunFiles, finite
 from minilora.runs import CONFIG_FILE
 
@@ -38,7 +42,7 @@ class ScoreFiles:
         cosines: mean cosine by normalized label, where known. close_pairs: as `evaluate` wrote them.
         names: known labels, by code; the last is `OTHER`. reference, prediction: (n,) codes. references: labels that occur.
         probability: (n,) of the answers; None unless every row has one.
-        notes: (n,) of the rows, None unless they were asked for.
+        notes: (n,) of the rows, None unless they were asked for. held: what the answers were held against.
     """
 
     folder: Path
@@ -52,6 +56,7 @@ class ScoreFiles:
     prediction: Ints
     probability: Floats | None
     notes: list[str] | None
+    held: Held
 
     @property
     def n(self) -> int:
@@ -76,20 +81,40 @@ def find_evaluation(run: Path) -> tuple[Path | None, str]:
         except OSError:         # a parent that may not be listed holds none for us
             return []
 
+    def named(path: Path) -> Path:
+        return run.parent / path.name if run.name not in ("", "..") else path
+
     inside = [path for path in folders(run) if _holds_evaluation(path)]
     if len(inside) == 1:
         return inside[0], ""
+    adapter = run / WEIGHTS_FILE
+    own = file_sha256(adapter) if adapter.is_file() else None
+    near = [path for path in folders(run.resolve().parent) if path != run.resolve()]
+    beside = [path for path in near if _holds_evaluation(path)]
+    for group in (inside, beside):
+        certain = [path for path in group if own is not None and _adapter_of(path) == own]
+        if len(certain) == 1:
+            return certain[0] if group is inside else named(certain[0]), ""
     if inside:
         return None, (f"There are {len(inside)} evaluations in the run folder ({', '.join(path.name for path in inside)}); "
                       "name one with --evaluation.")
-    near = [path for path in folders(run.resolve().parent) if path != run.resolve()]
-    beside = [path for path in near if _holds_evaluation(path)]
-    if len(beside) == 1 and not any((path / CONFIG_FILE).is_file() for path in near):
-        return run.parent / beside[0].name if run.name not in ("", "..") else beside[0], ""
-    if beside:
+    possible = [path for path in beside if own is None or _adapter_of(path) in (own, None)]
+    if len(possible) == 1 and len(beside) == 1 and not any((path / CONFIG_FILE).is_file() for path in near):
+        return named(possible[0]), ""
+    if possible:
         return None, ("There are evaluations beside the run folder that may be of another run; name this run's with "
                       "--evaluation.")
     return None, ""
+
+
+def _adapter_of(folder: Path) -> str | None:
+    """The hash of the adapter that an evaluation says it is of."""
+    try:
+        scored = read_json(folder / SCORES_FILE).get("scored")
+    except DataError:
+        return None
+    adapter = scored.get("adapter") if isinstance(scored, dict) else None
+    return adapter if isinstance(adapter, str) else None
 
 
 def read_evaluation(folder: Path, run: RunFiles, keep_notes: bool) -> ScoreFiles:
@@ -103,21 +128,21 @@ def read_evaluation(folder: Path, run: RunFiles, keep_notes: bool) -> ScoreFiles
     if missing:
         raise DataError(f"{folder} holds no {missing}; name the folder that minilora evaluate wrote (--out)")
     path = folder / SCORES_FILE
-    values = _read_json(path)
-    scores = {name: _rate(values[name], f"{path}: {name}") for name in RATES if name in values}
+    values = read_json(path)
+    scores = {name: checked_rate(values[name], f"{path}: {name}") for name in RATES if name in values}
     absent = next((name for name in ("exact_match", "macro_f1", "cosine") if name not in scores), None)
     if absent or not isinstance(values.get("n"), int):
         raise DataError(f"{path} lacks {absent or 'n'}; write it again with minilora evaluate --overwrite")
-    intervals = {name: _interval(pair, f"{path}: interval of {name}")
-                 for name, pair in _object(values.get("intervals", {}), path, "intervals").items() if name in RATES}
-    baselines = {name: {key: _rate(rate, f"{path}: {key} of {name}") if key in RATES else rate
-                        for key, rate in _object(entry, path, name).items()}
-                 for name, entry in _object(values.get("baselines", {}), path, "baselines").items()}
-    cosines = {normalize_label(str(row["label"])): _rate(row["cosine"], f"{path}: cosine of a label")
-               for row in _rows(values, "per_label", ("label", "cosine"), path)}
-    pairs = [ClosePair(str(row["a"]), str(row["b"]), _rate(row["cosine"], f"{path}: cosine of a close pair"),
+    intervals = {name: checked_interval(pair, f"{path}: interval of {name}")
+                 for name, pair in checked_object(values.get("intervals", {}), path, "intervals").items() if name in RATES}
+    baselines = {name: {key: checked_rate(rate, f"{path}: {key} of {name}") if key in RATES else rate
+                        for key, rate in checked_object(entry, path, name).items()}
+                 for name, entry in checked_object(values.get("baselines", {}), path, "baselines").items()}
+    cosines = {normalize_label(str(row["label"])): checked_rate(row["cosine"], f"{path}: cosine of a label")
+               for row in checked_rows(values, "per_label", ("label", "cosine"), path)}
+    pairs = [ClosePair(str(row["a"]), str(row["b"]), checked_rate(row["cosine"], f"{path}: cosine of a close pair"),
                        str(row["difference"]), int(finite(row["confused"]) or 0))
-             for row in _rows(values, "close_pairs", ("a", "b", "cosine", "difference", "confused"), path)]
+             for row in checked_rows(values, "close_pairs", ("a", "b", "cosine", "difference", "confused"), path)]
 
     rows = _read_predictions(folder / PREDICTIONS_FILE, run, keep_notes)
     names, codes = number_labels([*rows.references, *run.labels])
@@ -128,7 +153,7 @@ def read_evaluation(folder: Path, run: RunFiles, keep_notes: bool) -> ScoreFiles
         raise DataError(f"{folder}: {SCORES_FILE} and {PREDICTIONS_FILE} do not belong together ({values['n']:,} rows against "
                         f"{len(reference):,}, or another exact match); write both again with minilora evaluate --overwrite")
     return ScoreFiles(folder, scores, intervals, baselines, cosines, pairs, [*names, OTHER], reference, prediction,
-                      rows.probability, rows.notes)
+                      rows.probability, rows.notes, read_held(values, path))
 
 
 @dataclass(frozen=True)
@@ -183,39 +208,3 @@ def _chance(cell: str, where: str) -> float | None:
         raise DataError(f"{where}: the probability is no number between 0 and 1; write the file again with minilora evaluate "
                         "--overwrite")
     return min(value, 1.0)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not readable JSON ({type(error).__name__}); write it again with minilora evaluate "
-                        "--overwrite") from None
-    return _object(values, path, "the file")
-
-
-def _object(value: Any, path: Path, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: {what} is no JSON object; write it again with minilora evaluate --overwrite")
-    return value
-
-
-def _rows(values: dict[str, Any], key: str, needed: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    rows = values.get(key, [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and all(name in row for name in needed) for row in rows):
-        raise DataError(f"{path}: {key} is no list of objects with {', '.join(needed)}; write it again with minilora evaluate "
-                        "--overwrite")
-    return rows
-
-
-def _rate(value: Any, what: str) -> float:
-    number = finite(value)
-    if number is None or not -1e-9 <= number <= 1 + 1e-9:
-        raise DataError(f"{what} is no number between 0 and 1; write it again with minilora evaluate --overwrite")
-    return min(max(number, 0.0), 1.0)
-
-
-def _interval(value: Any, what: str) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise DataError(f"{what} is no pair of numbers; write it again with minilora evaluate --overwrite")
-    return _rate(value[0], what), _rate(value[1], what)

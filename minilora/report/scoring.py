@@ -3,10 +3,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora.calibration import BINS, calibration_error, coverage, reliability
+from minilora.adapters import WEIGHTS_FILE
+from minilora.calibration import BINS, calibration_error, coverage, picked, reliability
+from minilora.card import file_sha256
 from minilora.metrics import Floats, count_pairs, label_scores, normalize_label
+from minilora.report.held import said_of_rows
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import figure, legend, percent, shortened
+from minilora.report.runfiles import RunFiles
 from minilora.report.scorefiles import ScoreFiles
 from minilora.report.svg import Frame, linear_axis, picture
 
@@ -14,7 +18,6 @@ NAMES = {"exact_match": "Exact match", "macro_f1": "Macro-F1", "weighted_f1": "W
 SAID = {"exact_match": "answers equal to the reference", "macro_f1": "mean F1 over the labels, each counting the same",
         "weighted_f1": "mean F1, each label by its rows", "cosine": "how close the answer reads; flatters, see the baselines"}
 BASELINES = {"shuffled": "the references in random order", "majority": "always the most frequent label"}
-COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)     # shares of rows that the table answers
 MOST_LABELS = 200       # that the table lists
 SMALL = 30              # references under which a label's scores are called rough
 
@@ -34,9 +37,17 @@ def interval_bar(score: float, interval: tuple[float, float] | None, baselines: 
     return picture(width, 20, "score between 0 and 1", *parts, class_="bar")
 
 
-def scores_section(found: ScoreFiles) -> Markup:
+def _other_adapter(found: ScoreFiles, run: RunFiles) -> Markup | None:
+    """A warning where the scores are of another adapter than the run holds: it went on since, or the folder is another's."""
+    scored, adapter = found.held.scored.get("adapter"), run.folder / WEIGHTS_FILE
+    if not isinstance(scored, str) or not adapter.is_file() or file_sha256(adapter) == scored:
+        return None
+    return tag("p", "These scores are of another adapter than the run folder holds now; evaluate it again.", class_="notice")
+
+
+def scores_section(found: ScoreFiles, run: RunFiles) -> Markup:
     """The table of scores with their intervals, beside what a guess scores."""
-    baselines = [name for name in BASELINES if name in found.baselines]
+    baselines = [*(name for name in BASELINES if name in found.baselines), *sorted(found.baselines.keys() - BASELINES.keys())]
     rows: list[list[Child]] = []
     for name, score in found.scores.items():
         interval = found.intervals.get(name)
@@ -44,16 +55,24 @@ def scores_section(found: ScoreFiles) -> Markup:
         rows.append([[tag("strong", NAMES[name]), tag("span", SAID[name], class_="quiet block")], f"{score:.3f}",
                      f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "–", interval_bar(score, interval, guesses),
                      *[f"{guesses[guess]:.3f}" if guess in guesses else "–" for guess in baselines]])
+    for k, share in found.held.top_k.items():
+        if k != "1":
+            rows.append([[tag("strong", f"Top {k}"), tag("span", f"the reference is among the {k} most probable labels",
+                                                         class_="quiet block")],
+                         f"{share:.3f}", "–", interval_bar(share, None, {}), *["–" for _ in baselines]])
     majority = found.baselines.get("majority", {}).get("label")
-    said = [f"{found.n:,} rows of {found.folder.name}/predictions.csv. Intervals: 95%, bootstrap over rows; they say nothing "
+    said: list[Child] = [
+        f"{found.n:,} rows of {found.folder.name}/predictions.csv. Intervals: 95%, bootstrap over rows; they say nothing "
             "of notes of another kind or another training run. "]
-    if baselines:
-        said.append("Beside it what an answer scores that knows nothing of the note: " + " and ".join(
-            f"{name} ({BASELINES[name]})" for name in baselines) + (f"; here “{majority}”" if majority else "") + ".")
+    guesses_said = [f"{name} ({BASELINES[name]})" for name in baselines if name in BASELINES]
+    if guesses_said:
+        said.append("Beside it what an answer scores that knows nothing of the note: " + " and ".join(guesses_said)
+                    + (f"; here “{majority}”" if majority else "") + ".")
+    said += said_of_rows(found.held)
     if found.right.all():
         said.append(f" Of {found.n:,} right answers out of {found.n:,} the true rate may still be as low as "
                     f"{max(0.0, 1 - 3 / found.n):.3f} (1 − 3/n), whatever the bootstrap says.")
-    return tag("section", tag("h2", "Scores"), tag("p", said),
+    return tag("section", tag("h2", "Scores"), tag("p", said), _other_adapter(found, run),
                table(["", "score", "95% interval", "0 to 1", *baselines], rows, numbers=(1, 2, *range(4, 4 + len(baselines))),
                      class_="scores"))
 
@@ -98,7 +117,7 @@ def _coverage(probability: Floats, found: ScoreFiles) -> Markup:
                   linear_axis(0 if low < 0.5 else 0.5 if low < 0.9 else 0.9, 1, "right among them", percent=True))
     marks: list[Child] = [frame.level(float(found.right.mean()), "bound", "all rows answered"),
                           frame.line(curve.share, curve.accuracy, "main")]
-    points = sorted({int(np.flatnonzero(curve.share >= wanted - 1e-12)[0]) for wanted in COVERAGES}, reverse=True)
+    points = picked(curve)
     digits = next((d for d in range(3, 9) if len({f"{curve.threshold[at]:.{d}f}" for at in points}) == len(points)), 9)
     rows: list[list[Child]] = [[f"≥ {curve.threshold[at]:.{digits}f}", percent(curve.share[at], 0), percent(curve.accuracy[at]),
                                 f"{round(curve.share[at] * found.n * (1 - curve.accuracy[at])):,}"] for at in points]

@@ -64,13 +64,18 @@ def product(kernel: gpu.Kernel, q: NF4Tensor, x: torch.Tensor, transposed: bool 
     return kernel.product_transposed(x, *weight, q.shape[1]) if transposed else kernel.product(x, *weight, q.shape[0], bias)
 
 
+def multiplied(q: NF4Tensor, dtype: torch.dtype, rows: int, transposed: bool) -> torch.Tensor:
+    """The weight that meets so many rows of x: that of one row is not rounded to x's type."""
+    return q.dequantize(dtype).T if transposed else q.dequantize(torch.float32 if rows == 1 else dtype)
+
+
 def error_in_units_of_the_bound(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> float:
     """|y − y*| over the bound that `Kernel.product` states and one rounding to y's type; y* is x wᵀ + b in float64."""
     exact, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     cut = 1 if y.dtype == torch.float32 or len(x) == 1 else 4
-    sums, last = cut * (x.shape[1] + 2) * 2.0 ** -24 * size, HALF_A_STEP[y.dtype]
+    sums, last = cut * (x.shape[1] + 3) * 2.0 ** -24 * size, HALF_A_STEP[y.dtype]
     smallest = 2.0 ** -25 if y.dtype == torch.float16 else 1e-36           # half a step of its subnormals
     return float(((y.double() - exact).abs() / (sums * (1 + last) + last * exact.abs() + smallest)).max())
 
@@ -122,7 +127,7 @@ def test_products_lie_within_the_rounding_of_their_sums(interpreted: Interpreted
                                                         blocksize: int, double_quant: bool, biased: bool, transposed: bool,
                                                         dtype: torch.dtype) -> None:
     q = quantize_nf4(normal(*shape), blocksize, double_quant)
-    w = q.dequantize(dtype).T if transposed else q.dequantize(dtype)
+    w = multiplied(q, dtype, rows, transposed)
     x = normal(rows, w.shape[1], seed=1).to(dtype)
     bias = normal(shape[0], seed=2) if biased and not transposed else None
     y = product(interpreted, q, x, transposed, bias)
@@ -159,11 +164,19 @@ def test_infinities_and_nan_in_x_reach_their_own_rows_only(interpreted: Interpre
 
 def test_the_choice_of_tiles_covers_every_row_and_is_counted_in_powers_of_two() -> None:
     for rows in range(1, 300):
-        for transposed in (False, True):
-            for dtype in FLOATS:
-                tile = gpu.tiles(rows, transposed, dtype)
+        for dtype in FLOATS:
+            for transposed in (False, True):
+                tile = gpu.tiles(rows, dtype, transposed)
                 assert min(rows, 64 if dtype == torch.float32 else 128) <= tile.rows
-                assert all(size & (size - 1) == 0 and size >= 16 for size in tile) and tile.out * tile.columns == gpu.TILE
+                assert all(size & (size - 1) == 0 and size >= 16 for size in tile)
+
+
+def test_sums_are_cut_into_parts_only_where_programs_are_few_and_steps_enough() -> None:
+    assert gpu.parts_of(programs=1, rows=16, steps=86) == gpu.MOST_PARTS and gpu.parts_of(programs=1, rows=16, steps=3) == 3
+    assert gpu.parts_of(programs=gpu.ENOUGH_PROGRAMS, rows=1, steps=86) == 1
+    parts = [gpu.parts_of(programs, rows, steps)
+             for programs in (1, 64, 172, 5000) for rows in (2, 64, 500) for steps in (1, 32)]
+    assert min(parts) == 1 and max(parts) == gpu.MOST_PARTS
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((64,), 64), ((4096, 11008), 64), ((96, 4096), 32), ((7, 64), 1),
@@ -205,13 +218,13 @@ def test_the_layer_takes_the_kernels_forward_and_back(in_place_of_the_cpus: Inte
     x = normal(rows, 96, seed=1).bfloat16().requires_grad_()
     y = layer(x)
     y.backward(normal(rows, 40, seed=2).bfloat16())
-    # Above 128 rows the weight is unpacked for torch's product, here as well as on the way back.
-    assert in_place_of_the_cpus.launched == ({"dequantize": 2} if rows > 128 else {"product": 2} if rows > 1
-                                             else {"row_product": 1, "product": 1})
-    w = layer.dense_weight(torch.bfloat16)
+    # Above some rows the weight is unpacked for torch's product, here as well as on the way back.
+    expected = {1: {"row_product": 1, "product": 1}, 5: {"product": 2}, 200: {"dequantize": 2}}
+    assert in_place_of_the_cpus.launched == expected[rows]
     grad = normal(rows, 40, seed=2).bfloat16()
-    assert error_in_units_of_the_bound(w, x.detach(), y.detach(), layer.bias.bfloat16().float()) <= 1
-    assert error_in_units_of_the_bound(w.T, grad, x.grad) <= 1
+    forward, back = (multiplied(layer.quantized, torch.bfloat16, rows, transposed) for transposed in (False, True))
+    assert error_in_units_of_the_bound(forward, x.detach(), y.detach(), layer.bias.bfloat16().float()) <= 1
+    assert error_in_units_of_the_bound(back, grad, x.grad) <= 1
 
 
 def step(folder: Path, device: str) -> tuple[float, dict[str, torch.Tensor]]:

@@ -106,6 +106,23 @@ def test_state_dict_restores_the_layer(linear: nn.Linear) -> None:
     assert torch.equal(layer(x), other(x))
 
 
+def test_the_weight_is_made_once_until_a_part_of_it_changes(linear: nn.Linear) -> None:
+    layer = NF4Linear.from_linear(linear)
+    first = layer.quantized
+    assert layer.quantized is first
+    layer.nested_offset.add_(1)
+    assert layer.quantized is not first and layer.quantized.nested.offset == pytest.approx(first.nested.offset + 1)
+    again = layer.quantized
+    layer.to(torch.float16)
+    assert layer.quantized.dtype == torch.float16 and layer.quantized is not again
+    again = layer.quantized
+    layer.packed = layer.packed.clone()
+    assert layer.quantized.packed is layer.packed and layer.quantized is not again
+    copied = copy.deepcopy(layer)
+    copied.packed.zero_()
+    assert copied.quantized.packed is copied.packed and layer.quantized.packed is layer.packed
+
+
 def test_it_trains_nothing_of_its_own(linear: nn.Linear) -> None:
     assert not any(p.requires_grad for p in NF4Linear.from_linear(linear).parameters())
 

@@ -100,3 +100,22 @@ def test_attention_has_the_bits_of_torchs_in_float32_and_keeps_its_inputs_in_16_
 def test_second_derivatives_pass_finite_differences(function: Callable[[Tensor], Tensor]) -> None:
     x = normal(2, 1, 3, 6, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradgradcheck(function, (x,))
+
+
+class OnAGPU(torch.Tensor):
+    """A tensor of the CPU that says it lies on a GPU, where other operations are taken."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_what_a_gpu_takes_instead_is_the_same_within_its_roundings(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    x, weight = normal(3, 50, 96, dtype=dtype), normal(96, dtype=dtype, seed=1)
+    there = rms_norm(x.as_subclass(OnAGPU), weight, 1e-5).as_subclass(Tensor)
+    plain = plain_rms_norm(x, weight, 1e-5)
+    assert ((there - plain).abs() <= 2 * step * plain.abs() + 1e-6).all()
+    x = normal(2, 3, 7, 64, dtype=dtype)
+    cos, sin = rotation(torch.arange(7).expand(2, 7), torch.rand(32, generator=torch.Generator().manual_seed(2)), dtype)
+    there, plain = rotate(x.as_subclass(OnAGPU), cos, sin).as_subclass(Tensor), rotate(x, cos, sin)
+    assert ((there - plain).abs() <= 2 * step * (x.abs() + x.roll(32, -1).abs())).all() and there.dtype == plain.dtype

@@ -1,0 +1,130 @@
+"""A run as an MLflow model: what a registry keeps, and what a fresh process, a server or a Spark job loads.
+
+The model carries the adapter, the tokenizer, the label set and the prompt, and names its base: a registry is no place for 4
+gigabytes that the hub has.  Loading it elsewhere, the base can be named anew:
+
+    mlflow.pyfunc.load_model("models:/protocols@champion", model_config={"model": "/models/meditron-7b"})
+
+    in     note (string)
+    out    prediction (string), probability (double), runner_up (string), error (string)
+
+minilora has to be installed where it is loaded; no code is in the model but `served_model.py`, which names this class.
+"""
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+
+from minilora.adapters import EXTRA_FILE
+from minilora.config import read_toml
+from minilora.errors import ConfigError
+from minilora.integrations.tracking import Store, or_one_line, read_state, track
+from minilora.own_base import FOLDER as OWN_BASE
+from minilora.predict import Predictor
+from minilora.runs import CONFIG_FILE
+
+CODE = Path(__file__).with_name("served_model.py")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# By name, as a run folder may also hold evaluations, and those the notes.
+SERVED = (*ADAPTER_FILES, EXTRA_FILE, "labels.txt", "README.md", CONFIG_FILE, OWN_BASE, "tokenizer.json", "tokenizer.model",
+          "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FULLY_TUNED = ("config.json", "model.safetensors", "model.safetensors.index.json")
+EXAMPLE = "History: fall from a ladder. Diagnosis: concern for fracture of the wrist."        # of nobody
+SIGNATURE = ModelSignature(
+    Schema([ColSpec("string", "note")]),
+    Schema([ColSpec("string", "prediction"), ColSpec("double", "probability", required=False),
+            ColSpec("string", "runner_up", required=False), ColSpec("string", "error", required=False)]))
+
+
+class NoteLabeller(mlflow.pyfunc.PythonModel):
+    """Labels notes, by the run it was made from."""
+
+    def load_context(self, context: Any) -> None:
+        """Load base and adapter.
+
+        Args: context: its ``model_config`` names the base (model), the device and the compute type.
+        Raises: MiniloraError: see `Predictor.load`.
+        """
+        settings = context.model_config or {}
+        run = Path(context.artifacts["run"])
+        adapter = run if (run / ADAPTER_FILES[0]).is_file() else None
+        base = settings["model"] if adapter else str(run)
+        self.predictor = Predictor.load(base, adapter, device=settings.get("device", "auto"),
+                                        dtype=settings.get("dtype", "auto"), quiet=True)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: "dict[str, Any] | None" = None) -> pd.DataFrame:
+        """(n,) notes -> (n,) prediction, probability, runner_up, error; an empty note has an error and no prediction."""
+        notes = ["" if note is None else str(note) for note in model_input["note"].tolist()]
+        answers = self.predictor.predict(notes)
+        return pd.DataFrame({"prediction": [answer.label for answer in answers],
+                             "probability": [answer.probability for answer in answers],
+                             "runner_up": [answer.runner_up for answer in answers],
+                             "error": [answer.error for answer in answers]}, index=model_input.index).astype(
+                                 {"probability": "float64"})
+
+
+@contextmanager
+def _staged(run: Path) -> Iterator[Path]:
+    """The files of a run that are served, in a folder of their own."""
+    with TemporaryDirectory() as folder:
+        staged = Path(folder) / "run"
+        staged.mkdir()
+        for path in sorted(run.iterdir()):
+            wanted = path.name in (*SERVED, *FULLY_TUNED) or path.match("model-*-of-*.safetensors")
+            if wanted and path.is_dir():
+                shutil.copytree(path, staged / path.name)
+            elif wanted:
+                shutil.copy(path, staged / path.name)
+        yield staged
+
+
+@contextmanager
+def _pointed_at(store: Store) -> Iterator[None]:
+    """MLflow's functions that take no client look at global settings, which it also puts into the environment: both go back."""
+    before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    mlflow.set_tracking_uri(store.tracking)
+    mlflow.set_registry_uri(store.registry or store.tracking)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def register(out: "str | Path", store: Store, name: str, alias: "str | None" = None) -> int:
+    """Keep a finished run's model in the registry, as the next version of a name.
+
+    Args:
+        name: of the model; in Unity Catalog catalog.schema.model. alias: given to this version, taken from another.
+
+    Returns: the version.
+    Raises: ConfigError: the run is not finished. OutputError: the store takes nothing.
+    """
+    out = Path(out)
+    if not (out / ADAPTER_FILES[1]).is_file() and not (out / FULLY_TUNED[0]).is_file():
+        raise ConfigError(f"{out} holds no finished run: nothing to register")
+    run_id = read_state(out).get("run_id") or track(out, store)
+    base = str(read_toml(out / CONFIG_FILE)["model"])
+    if os.path.isdir(base):
+        base = os.path.abspath(base)
+    with or_one_line(store), _pointed_at(store), _staged(out) as staged, mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model", python_model=str(CODE), artifacts={"run": str(staged)}, model_config={"model": base},
+            signature=SIGNATURE, input_example=pd.DataFrame({"note": [EXAMPLE]}), pip_requirements=["minilora", "pandas"],
+            metadata={"base_model": base}, registered_model_name=name)
+        version = int(logged.registered_model_version)
+        if alias:
+            store.client().set_registered_model_alias(name, alias, str(version))
+    return version

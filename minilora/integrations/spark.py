@@ -1,0 +1,164 @@
+"""PySpark: notes labelled where they lie, by as many Python workers as there are.
+
+    df (…, note)  --mapInPandas-->  df (…, note, prediction, probability, runner_up, error)
+
+Rows travel as Arrow batches; a worker loads the model at its first batch and keeps it, as Spark keeps the worker.  `predict`
+leaves rows in the partition they were in, and in its order; `predict_files` deals them out by their number, and its files, one
+behind the other, have the table's order.  An answer does not hang on the rows beside it, but for the rounding of its compute
+type, so it is the single process's, whatever the partitions (tests/test_spark.py).
+
+The base should be a 4-bit folder (`minilora quantize`), or each worker quantizes it anew.  Workers of one machine divide its
+cores: each gets `threads` of torch's.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minilora.data.formats import table_format
+from minilora.data.table_writer import added_columns
+from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
+from minilora.files import check_output
+from minilora.predict import Predictor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pyspark.sql import DataFrame, SparkSession
+
+ADDED = ("prediction", "probability", "runner_up", "error")
+BATCH_ROWS = 512            # of a worker at a time: sorted by length among themselves
+SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and options of each kind of table, in Spark
+    "csv": ("csv", {"header": True, "multiLine": True, "escape": '"'}), "jsonl": ("json", {}), "parquet": ("parquet", {})}
+TRIES = 4                   # of a task, as on a cluster
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What a worker needs to know; of one machine or of a cluster, so paths are such that every worker can read.
+
+    Attributes:
+        model, adapter, labels, free, template, quantize, device, dtype, max_length, pad_vocab: as in `Predictor.load`.
+        input_column: of the notes. threads: of torch in each worker, 0: as torch chooses.
+    """
+
+    model: str
+    adapter: str | None = None
+    labels: str | None = None
+    free: bool = False
+    template: str | None = None
+    quantize: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_length: int | None = None
+    pad_vocab: bool = False
+    input_column: str = "input"
+    threads: int = 0
+
+
+@lru_cache(maxsize=1)
+def _predictor(how: Labelling) -> Predictor:
+    """A worker's model, loaded once."""
+    if how.threads:
+        torch.set_num_threads(how.threads)
+    return Predictor.load(how.model, how.adapter, how.labels, how.free, how.template, how.quantize,  # type: ignore[arg-type]
+                          how.device, how.dtype, how.max_length, how.pad_vocab, quiet=True)
+
+
+def _labelled(batches: Iterator[pd.DataFrame], how: Labelling) -> Iterator[pd.DataFrame]:
+    """What runs in a worker.  Errors come out without their cause: it could hold a note, and Spark writes it into its logs."""
+    for batch in batches:
+        try:
+            notes = [note if isinstance(note, str) else "" for note in batch[how.input_column].tolist()]    # None comes as NaN
+            answers = _predictor(how).predict(notes)
+        except MiniloraError as error:
+            raise RuntimeError(str(error)) from None
+        yield batch.assign(prediction=[answer.label for answer in answers],
+                           probability=[answer.probability for answer in answers],
+                           runner_up=[answer.runner_up for answer in answers],
+                           error=[answer.error for answer in answers])
+
+
+def predict(df: DataFrame, how: Labelling) -> DataFrame:
+    """Label the notes of a data frame; nothing runs until the result is asked for.
+
+    Returns: the frame's columns, then prediction (string), probability (double), runner_up (string) and error (string).
+    Raises: DataError: no such column, or one of these names is taken.
+    """
+    from pyspark.sql.types import DoubleType, StringType, StructField, StructType
+
+    warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
+    if how.input_column not in df.columns:
+        raise DataError(f"the data frame has no column {how.input_column!r}; it has {', '.join(df.columns)}")
+    added_columns("the data frame", list(df.columns), ADDED)
+    schema = StructType([*df.schema.fields, *(StructField(name, DoubleType() if name == "probability" else StringType())
+                                              for name in ADDED)])
+    return df.mapInPandas(lambda batches: _labelled(batches, how), schema)
+
+
+def local_session(workers: int | None = None) -> SparkSession:
+    """Spark on this machine, with the interpreter that runs this.
+
+    Args: workers: Python processes, default one a core.
+    Raises: ConfigError: PySpark is not installed, or there is no Java.
+    """
+    try:
+        from pyspark.sql import SparkSession
+    except ModuleNotFoundError:
+        raise ConfigError("--spark needs PySpark: pip install 'minilora[spark]'") from None
+    # Trap: Spark starts whatever `python3` is, which may be another one than this, without torch.
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    count = workers or os.cpu_count() or 1
+    try:
+        made = (SparkSession.builder.master(f"local[{count},{TRIES}]").appName("minilora")
+                .config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
+                .config("spark.sql.execution.arrow.maxRecordsPerBatch", BATCH_ROWS)
+                .config("spark.hadoop.fs.permissions.umask-mode", "077").getOrCreate())
+    except Exception as error:          # PySpark's own, and py4j's, of which most say that no Java answered
+        if "JAVA" in str(error).upper():
+            raise ConfigError("Spark runs on Java 17 or later, and found none: install one, or set JAVA_HOME") from None
+        raise
+    made.sparkContext.setLogLevel("ERROR")
+    return made
+
+
+def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None,
+                  overwrite: bool = False) -> int:
+    """Label a table with Spark on this machine.
+
+    Args:
+        data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix; owner-only.
+
+    Returns: rows written.
+    Raises: ConfigError, DataError, OutputError: as `predict_table`; MiniloraError: a worker failed.
+    """
+    check_output(out, overwrite)
+    written, how_written = SPARKS[table_format(Path(out), None, OutputError)]
+    spark = local_session(workers)
+    from pyspark.sql.functions import monotonically_increasing_id
+
+    cores = workers or os.cpu_count() or 1
+    if not how.threads:
+        how = replace(how, threads=max(1, (os.cpu_count() or 1) // cores))
+    try:
+        kind, options = SPARKS[table_format(Path(data), None)]
+        table: Any = spark.read.format(kind).options(**options).load(str(data))
+        row = "_row"
+        numbered = table.withColumn(row, monotonically_increasing_id()).repartitionByRange(cores, row).sortWithinPartitions(row)
+        labelled = predict(numbered.drop(row), how)
+        labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error").save(str(out))
+        return int(spark.read.format(written).options(**how_written).load(str(out)).count())
+    except MiniloraError:
+        raise
+    except Exception as error:          # Spark's text is a page of Java; its first line that is ours says what was wrong
+        said = next((line.strip() for line in str(error).splitlines() if "RuntimeError:" in line), type(error).__name__)
+        raise MiniloraError(f"Spark stopped: {said.partition('RuntimeError:')[2].strip() or said}") from None
+    finally:
+        spark.stop()

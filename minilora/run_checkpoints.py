@@ -1,0 +1,202 @@
+"""Checkpoints from which a killed run goes on to the same bytes.
+
+    RUN/checkpoints/step-000200/    trained.safetensors, optimizer.pt, state.json, where the optimizer pages its moments
+                                    moments.safetensors, and SHA256SUMS of them all: the last two are kept
+
+A checkpoint holds all that the next step depends on: trained weights, moments, random states, and the position, which is one
+number because the order of batches is a function of (seed, epoch).  It is written under another name, synced and renamed,
+so a folder that is called step-N was whole; that it still is, its hashes say (`sha256sum -c SHA256SUMS` there).
+
+Guarantee: killed at any instant, and resumed, a run ends with the bytes of one that never was (tests/test_kills.py).
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minilora.adapters import read_json_object
+from minilora.errors import CheckpointError, OutputError
+from minilora.files import TEMPORARY, clear_leftovers, disk_reason, new_folder, sync_file, write_json, write_text
+from minilora.llama.safetensors_file import read_header, write_safetensors
+from minilora.optim.paged_adamw import PagedAdamW, StoredState
+from minilora.runs import CHECKPOINTS, METRICS_FILE, cut_metrics
+
+KEPT = 2
+WEIGHTS_FILE, OPTIMIZER_FILE, MOMENTS_FILE = "trained.safetensors", "optimizer.pt", "moments.safetensors"
+STATE_FILE, SUMS_FILE = "state.json", "SHA256SUMS"
+# What torch, safetensors and json raise on a file that was cut short or overwritten.
+UNREADABLE = (CheckpointError, SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, EOFError,
+              pickle.UnpicklingError)
+
+
+@dataclass
+class Position:
+    """How far a run has come: optimizer steps done, the bytes of metrics.jsonl they wrote, the hash of the table they saw."""
+
+    step: int = 0
+    metrics_bytes: int = 0
+    data_sha256: str = ""
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What training changes, by name: the adapters, or all weights (a tied one once)."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write checkpoints/step-N and drop all but the newest two up to it.
+
+    Raises: CheckpointError: a weight is not finite; the checkpoint before stays the last good one. OutputError: the disk
+        refuses.
+    """
+    checkpoints, trained = folder / CHECKPOINTS, trained_parameters(model)
+    broken = next((name for name, parameter in trained.items() if not bool(parameter.detach().isfinite().all())), None)
+    if broken is not None:
+        raise CheckpointError(f"step {position.step}: {broken} holds NaN or infinities, so no checkpoint of it was written; "
+                              "start again with a lower --lr, or with --dtype float32")
+    try:
+        checkpoints.mkdir(exist_ok=True)        # not its parents: a run folder that was deleted is not made again
+        if (folder / METRICS_FILE).exists():
+            sync_file(folder / METRICS_FILE)    # what the checkpoint counts on must not be lost in a power cut
+    except OSError as error:
+        raise OutputError(f"cannot write {checkpoints}: {disk_reason(error)}; check the folder, its free space and permissions"
+                          ) from error
+    with new_folder(checkpoints / f"step-{position.step:06d}", overwrite=True) as temporary:
+        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()},
+                  temporary / WEIGHTS_FILE)
+        if isinstance(optimizer, PagedAdamW):       # what does not fit into memory is not gathered there
+            write_safetensors(temporary / MOMENTS_FILE, optimizer.stored_state())
+        state = torch.optim.Optimizer.state_dict(optimizer) if isinstance(optimizer, PagedAdamW) else optimizer.state_dict()
+        try:
+            torch.save({"optimizer": state, **random_state()}, temporary / OPTIMIZER_FILE)
+        except RuntimeError as error:       # Trap: torch's way to say that the disk is full
+            free = shutil.disk_usage(temporary).free
+            raise OSError(f"{OPTIMIZER_FILE} could not be written ({str(error).splitlines()[0]}; {free / 1e6:,.1f} MB are free)"
+                          ) from error
+        write_json(temporary / STATE_FILE, asdict(position))
+        write_text(temporary / SUMS_FILE, "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())))
+    try:
+        _drop(checkpoints, position.step)
+    except OSError as error:
+        warnings.warn(f"old checkpoints in {checkpoints} could not be removed ({disk_reason(error)})", stacklevel=2)
+
+
+def _drop(checkpoints: Path, step: int) -> None:
+    """Keep the newest two up to `step`; later ones were passed over as damaged, and their steps are done again."""
+    found = _checkpoints(checkpoints.parent)
+    upto = [path for path in found if _step(path) <= step]
+    for old in (*upto[:-KEPT], *found[len(upto):]):
+        old.rename(old.with_name(f"{TEMPORARY}{os.getpid()}-{old.name}"))       # in the middle of removing it is not whole
+    clear_leftovers(checkpoints)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its hash.
+
+    Raises: CheckpointError: one differs, is not listed, or is none of a checkpoint's. OSError: one is missing.
+    """
+    lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    needed = {WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE}
+    if not needed <= listed.keys() <= {*needed, MOMENTS_FILE}:
+        raise CheckpointError(f"{SUMS_FILE} lists other files than a checkpoint has")
+    for name, digest in listed.items():
+        if _sha256(path / name) != digest:
+            raise CheckpointError(f"{name} is not what was written (its hash differs)")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has come as far as its first checkpoint."""
+    return bool(_checkpoints(folder))
+
+
+def last_checkpoint(folder: Path) -> str:
+    """What is left when a run ends early, as the end of a sentence."""
+    found = _checkpoints(folder)
+    return f"the last good checkpoint is {found[-1]}" if found else f"there is no checkpoint in {folder}"
+
+
+def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Put the newest whole checkpoint into model, optimizer and random state, and cut metrics.jsonl back to it.
+
+    Returns: its position; step 0 when the run was killed before its first checkpoint.
+    Raises: CheckpointError: no checkpoint can be read, or it is of another model.
+    Warns: UserWarning for each damaged one that is passed over.
+    """
+    newest_first = _checkpoints(folder)[::-1]
+    problem: Exception | None = None
+    for path in newest_first:
+        try:
+            _verify(path)
+            state = read_json_object(path / STATE_FILE)
+            position = Position(int(state["step"]), int(state["metrics_bytes"]), str(state["data_sha256"]))
+            tensors = load_file(path / WEIGHTS_FILE)
+            rest = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+            if isinstance(optimizer, PagedAdamW):
+                rest["optimizer"]["state"] = StoredState(read_header(path / MOMENTS_FILE))
+        except UNREADABLE as error:
+            problem = error
+            warnings.warn(f"{path} is damaged and passed over ({disk_reason(error)})", stacklevel=2)
+            continue
+        _restore(path, model, optimizer, tensors, rest)
+        cut_metrics(folder, position.metrics_bytes)
+        return position
+    if newest_first:
+        raise CheckpointError(f"no checkpoint in {folder / CHECKPOINTS} is readable ({type(problem).__name__}); start the "
+                              "run anew with --overwrite")
+    cut_metrics(folder, 0)
+    return Position()
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=_step)
+
+
+def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor],
+             rest: dict[str, Any]) -> None:
+    trained = trained_parameters(model)
+    if {name: t.shape for name, t in tensors.items()} != {name: parameter.shape for name, parameter in trained.items()}:
+        raise CheckpointError(f"{path} was written with other LoRA settings or another model; use the run's own config.toml")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+    optimizer.load_state_dict(rest["optimizer"])
+    set_random_state(rest)
+
+
+def random_state() -> dict[str, Any]:
+    """The generators that dropout draws from: "cpu_random" and, a GPU each, "cuda_random"."""
+    return {"cpu_random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to a `random_state`."""
+    torch.set_rng_state(state["cpu_random"])
+    if state["cuda_random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_random"])

@@ -1,0 +1,64 @@
+"""The commands that meet a platform: runs sent to MLflow, models registered, tables labelled by Spark."""
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from minilora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minilora.integrations.tracking import Store
+
+
+def _store(args: argparse.Namespace) -> Store:
+    from minilora.integrations.tracking import Store
+    return Store(args.mlflow or Store.tracking, getattr(args, "registry", None), args.experiment)
+
+
+def followed(args: argparse.Namespace, out: str) -> AbstractContextManager[None]:
+    """What `minilora train` trains in: with ``--mlflow`` the run is sent while it goes on.
+
+    Raises: ConfigError: flags that need a store, or a library that is missing, which is to be missed before the training.
+    """
+    if not args.mlflow:
+        if args.register or args.alias or args.registry:
+            raise ConfigError("--register, --alias and --registry need --mlflow")
+        return nullcontext()
+    from minilora.integrations.tracking import follow
+    return follow(out, _store(args))
+
+
+def register(args: argparse.Namespace, out: str) -> None:
+    """``--register NAME``, where it was given: the run's model as that name's next version."""
+    if args.register:
+        from minilora.integrations.serving import register
+        version = register(out, _store(args), args.register, args.alias)
+        print(f"registered {args.register}, version {version}"
+              + (f": models:/{args.register}@{args.alias}" if args.alias else ""))
+
+
+def track(args: argparse.Namespace) -> None:
+    """`minilora track`."""
+    from minilora.integrations.tracking import track
+    print(f"run {track(args.folder, _store(args))}")
+    register(args, args.folder)
+
+
+def send_scores(args: argparse.Namespace) -> None:
+    """The end of `minilora evaluate`, with ``--mlflow``."""
+    if args.mlflow:
+        from minilora.integrations.tracking import track_scores
+        track_scores(args.adapter or args.model, args.out, _store(args))
+
+
+def predict_by_spark(args: argparse.Namespace) -> None:
+    """`minilora predict --spark`."""
+    if args.resume:
+        raise ConfigError("--resume goes on with one file; Spark tries its own tasks again, and writes a folder anew")
+    from minilora.integrations.spark import Labelling, predict_files
+    how = Labelling(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device, args.dtype,
+                    args.max_length, args.pad_vocab, args.input_column)
+    rows = predict_files(args.data, args.out, how, args.workers, args.overwrite)
+    if not args.quiet:
+        print(f"{rows:,} rows in {args.out}")

@@ -1,0 +1,81 @@
+"""The commands of the task itself: look a table over, score, compare, label.  Each is a thin call, as in `cli`.
+
+Whatever can be found wrong without the model is looked for before it is loaded.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import ConfigError
+from minilora.store_commands import predict_by_spark, send_scores
+
+
+def check(args: argparse.Namespace) -> None:
+    """`minilora data check FILE`."""
+    if args.out != "check":
+        raise ConfigError("data takes one folder to create; data check FILE looks a table over")
+    from minilora.files import check_output, write_json
+    from minilora.loading import load_tokenizer
+    from minilora.table_check import check_table, format_check
+    if args.json:
+        check_output(args.json, args.overwrite)
+    found = check_table(args.table, args.input_column, args.label_column, load_tokenizer(args.model))
+    print(format_check(found, args.max_length))
+    if args.json:
+        write_json(args.json, found.to_dict())
+
+
+def _predictor(args: argparse.Namespace) -> Any:
+    from minilora.predict import Predictor
+    return Predictor.load(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device,
+                          args.dtype, args.max_length, args.pad_vocab, args.cache, args.quiet)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`minilora evaluate`."""
+    from minilora.card import record_scores
+    from minilora.score import read_beside, read_scored_table, score_table, training_table
+    table = read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
+    train = training_table(args.adapter or args.model)
+    if args.train:
+        train = Path(args.train), args.input_column, args.label_column
+    beside = read_beside(table, args.embedder, train, args.baseline, args.against)
+    evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
+                             args.overwrite, args.quiet, beside)
+    record_scores(args.adapter or args.model, args.data, evaluation, args.free)
+    send_scores(args)
+    if not args.quiet:
+        from minilora.evaluate import format_table
+        print(format_table(evaluation))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """`minilora compare`."""
+    from minilora.compare import compare_files, format_comparison
+    print(format_comparison(compare_files(args.ours, args.other, args.label_column, args.seed), args.ours, args.other))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """`minilora predict`."""
+    from minilora.predict import check_tables, predict_table
+    if args.note is not None:
+        if args.out or args.resume:
+            raise ConfigError(f"--{'out' if args.out else 'resume'} goes with --data; the label of a --note is printed")
+        answer, = _predictor(args).predict([args.note])
+        if answer.error:
+            raise ConfigError(f"--note: {answer.error}")
+        print(answer.label)
+        if answer.probability is not None and not args.quiet:
+            print(f"probability {answer.probability:.3f}" + (f", next {answer.runner_up}" if answer.runner_up else ""))
+        return
+    if not args.out:
+        raise ConfigError("--data needs --out: the table to write the predictions to")
+    if args.spark:
+        predict_by_spark(args)
+        return
+    check_tables(args.data, args.out, args.input_column, args.overwrite, args.resume)     # before the model is loaded
+    rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume)
+    if not args.quiet:
+        print(f"{rows:,} rows in {args.out}")

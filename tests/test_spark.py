@@ -1,0 +1,100 @@
+"""PySpark on this machine: several workers give the answers of one process, in order, with bad rows kept and tasks retried."""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pyspark", reason="PySpark is not installed: it comes with the extra [spark]")
+pd = pytest.importorskip("pandas")
+if shutil.which("java") is None:
+    pytest.skip("no Java here, on which Spark runs", allow_module_level=True)
+
+from minilora.cli import main  # noqa: E402
+from minilora.errors import ConfigError, DataError  # noqa: E402
+from minilora.integrations.spark import Labelling, local_session, predict, predict_files  # noqa: E402
+from tests.notes import SECRET, notes, write_csv  # noqa: E402
+
+LABELS = ["CT Brain", "MR Knee, left", "CT Abdomen W Contrast"]
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    path = tmp_path / "labels.txt"
+    path.write_text("\n".join(LABELS) + "\n")
+    return path
+
+
+@pytest.fixture
+def how(labels: Path) -> Labelling:
+    return Labelling("tiny", labels=str(labels), dtype="float32", threads=1)
+
+
+def rows(folder: Path) -> Any:
+    """The files of a folder, one behind the other."""
+    parts = sorted(folder.glob("part-*.csv"))
+    return pd.concat([pd.read_csv(path, keep_default_na=False) for path in parts], ignore_index=True)
+
+
+def test_several_workers_give_the_answers_of_one_process_in_the_tables_order(tmp_path: Path, how: Labelling) -> None:
+    table = [*notes(90), (f'{SECRET} "quoted",\nover two lines', "x"), ("", "x"), *notes(9)]
+    data = write_csv(tmp_path / "notes.csv", table)
+    command = ["predict", "--model", "tiny", "--labels", str(how.labels), "--dtype", "float32", "--data", str(data), "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "out.csv"), "--spark", "--workers", "2"]) == 0
+    assert main([*command, "--out", str(tmp_path / "one.csv")]) == 0
+    ours, one = rows(tmp_path / "out.csv"), pd.read_csv(tmp_path / "one.csv", keep_default_na=False)
+    assert len(list((tmp_path / "out.csv").glob("part-*.csv"))) == 2
+    for column in ("input", "prediction", "error"):
+        assert ours[column].tolist() == one[column].tolist(), column
+    assert ours["error"].tolist().count("empty note") == 1
+    differences = [abs(float(a) - float(b)) for a, b in zip(ours["probability"], one["probability"], strict=True) if a != ""]
+    assert len(differences) == 100 and max(differences) < 1e-4
+    for path in (tmp_path / "out.csv").iterdir():
+        assert path.stat().st_mode & 0o077 == 0, "notes are their owner's alone"
+
+
+def test_a_task_that_fails_is_tried_again(tmp_path: Path, how: Labelling) -> None:
+    spark, failed = local_session(2), tmp_path / "failed"
+
+    def once(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if not failed.exists():
+                failed.touch()
+                raise OSError("a worker is gone")
+            yield batch
+
+    try:
+        frame = spark.createDataFrame([(str(index), note) for index, (note, _) in enumerate(notes(40))], ["id", "input"])
+        found = predict(frame.repartition(2).mapInPandas(once, frame.schema), how).collect()
+    finally:
+        spark.stop()
+    assert failed.exists() and sorted(int(row["id"]) for row in found) == list(range(40))
+    assert all(row["prediction"] in LABELS and 0 < row["probability"] <= 1 for row in found)
+
+
+def test_what_cannot_be_labelled_is_said_in_one_line_without_a_note(tmp_path: Path, how: Labelling,
+                                                                    capfd: pytest.CaptureFixture[str]) -> None:
+    data = write_csv(tmp_path / "notes.csv", notes(4))
+    with pytest.raises(DataError, match="has no column 'text'"):
+        predict_files(data, tmp_path / "a.csv", Labelling("tiny", labels=how.labels, input_column="text"))
+    assert main(["predict", "--model", "tiny", "--labels", str(tmp_path / "none.txt"), "--data", str(data), "--out",
+                 str(tmp_path / "b.csv"), "--spark", "--workers", "1"]) == 2
+    said = capfd.readouterr().err
+    assert "none.txt" in said.splitlines()[-1] and SECRET not in said
+
+
+def test_without_java_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyspark.sql import SparkSession
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            if name == "getOrCreate":
+                raise RuntimeError("[JAVA_GATEWAY_EXITED] Java gateway process exited before sending its port number.")
+            return lambda *_: self
+
+    monkeypatch.setattr(SparkSession, "builder", Refusing())
+    with pytest.raises(ConfigError, match="Java 17"):
+        local_session(1)
