@@ -133,8 +133,8 @@ class Kernel:
             raise ValueError(f"the kernel takes 1 to {self.dense_rows} rows as wide as the weight, not {tuple(x.shape)} and "
                              f"{tuple(weight.shape)}")
         y = torch.empty(rows, out_features, dtype=x.dtype)
-        self._dense(_address(weight, torch.bfloat16), out_features, in_features, _address(x, torch.bfloat16), rows, y.data_ptr(),
-                    torch.get_num_threads())
+        self._dense(_address(weight, torch.bfloat16), out_features, in_features, _address(x, torch.bfloat16), rows,
+                    y.data_ptr(), torch.get_num_threads())
         return y
 
     def quantize(self, x_n: Tensor, code: Tensor, blocksize: int, padding: int) -> tuple[Tensor, Tensor] | None:

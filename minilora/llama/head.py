@@ -1,7 +1,7 @@
 """Logits: the head's product, which for a few positions is as long as its weight takes to be read.
 
-A head of 32,000 rows holds a quarter of the bytes that a 4-bit model of 1.1 billion weights reads for a token, and torch reads it
-at half the speed of memory; the vector code of `kernels.cpu` reads it faster.
+A head of 32,000 rows holds a fifth of the bytes that a 4-bit model of 1.1 billion weights reads for a token, and torch reads
+it at half the speed of memory; the vector code of `kernels.cpu` reads it faster.
 """
 from __future__ import annotations
 
