@@ -78,6 +78,10 @@ class Kernel:
         self._quantize.argtypes = [pointer, integer, number, pointer, number, pointer, pointer, integer, integer]
         self._quantize_bytes = library.nf4_quantize_bytes
         self._quantize_bytes.argtypes = [pointer, number, pointer, number, number, pointer, pointer, integer]
+        self._dense = library.dense_product
+        self._dense.argtypes = [pointer, number, number, pointer, number, pointer, integer]
+        self._dense.restype = None
+        self.dense_rows: int = library.dense_rows()             # that `dense_product` takes at most; 0: none
         library.nf4_machine.restype = ctypes.c_char_p
         self.machine: str = library.nf4_machine().decode()      # "AVX-512", "AVX2", "NEON", "plain C++"
         self.fused_rows = FUSED_ROWS.get(self.machine, FUSED_ROWS_ELSEWHERE)
@@ -115,6 +119,22 @@ class Kernel:
         weight = self._weight(packed, constants, code, blocksize, out_features * in_features)
         self._product(ctypes.byref(weight), out_features, in_features, _address(x, x.dtype), rows, KINDS[x.dtype],
                       _address(bias, torch.float32), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def dense_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x Wᵀ`` for at most `dense_rows` rows of x and a dense W.
+
+        Args: x: (rows, in), weight: (out, in), both bfloat16 and contiguous.
+        Returns: (rows, out) bfloat16.
+        Guarantee: as of `product`, to the same bound (tests/kernels/test_product.py).
+        """
+        (rows, in_features), out_features = x.shape, len(weight)
+        if not 0 < rows <= self.dense_rows or weight.shape[1] != in_features:
+            raise ValueError(f"the kernel takes 1 to {self.dense_rows} rows as wide as the weight, not {tuple(x.shape)} and "
+                             f"{tuple(weight.shape)}")
+        y = torch.empty(rows, out_features, dtype=x.dtype)
+        self._dense(_address(weight, torch.bfloat16), out_features, in_features, _address(x, torch.bfloat16), rows,
+                    y.data_ptr(), torch.get_num_threads())
         return y
 
     def quantize(self, x_n: Tensor, code: Tensor, blocksize: int, padding: int) -> tuple[Tensor, Tensor] | None:

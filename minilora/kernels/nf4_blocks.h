@@ -8,6 +8,8 @@
 // Trap: floating-point contraction must be off (-ffp-contract=off).  The reference rounds after the product and again after
 // the sum in `dynamic[code] * nested + offset`; a fused multiply-add there would be another absmax.
 
+#pragma once
+
 #include "nf4_vectors.h"
 
 namespace {

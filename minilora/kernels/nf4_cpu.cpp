@@ -12,6 +12,7 @@
 // 2 · COUNT weights make two registers, `even` (by the high nibbles) and `odd` (by the low ones).  Putting them in order would
 // cost more than looking them up, so x is split the same way instead, once a call (`arrange`).
 
+#include "dense_rows.h"
 #include "nf4_quantize.h"
 
 namespace {
@@ -256,8 +257,8 @@ template <int KIND> void many(const Product& p) {
     });
 }
 
-// Rows of W that are read at once, for one row of x, two, four and eight.  With one row memory is the bound, and the more streams,
-// the better it is used; with more what fits the registers.
+// Rows of W that are read at once, for one row of x, two, four and eight.  With one row memory is the bound, and the more
+// streams, the better it is used; with more what fits the registers.
 #if defined(__AVX512F__)
 const int FOR_ONE = 12, FOR_TWO = 8, FOR_FOUR = 4, FOR_EIGHT = 2;
 #else

@@ -115,7 +115,7 @@ INLINE Words nearest(Floats value, const Midpoints& midpoints, const Table& coar
 // x (n) float32 -> absmax (blocks) and codes (n); false where a number is not finite.
 inline bool quantize_bytes(const float* x, int64_t n, const Midpoints& midpoints, int64_t blocksize, float* absmax,
                            uint8_t* codes, int threads) {
-    const int64_t part = ceil_div(DEALT / 4, blocksize);                        // blocks: each number takes some four times as long
+    const int64_t part = ceil_div(DEALT / 4, blocksize);                        // blocks; a number takes four times as long
     const Table coarse = load_table(midpoints.coarse);
     bool finite = true;
     deal(n < ALONE / 4 ? 1 : threads, ceil_div(ceil_div(n, blocksize), part), [&](int64_t at) {

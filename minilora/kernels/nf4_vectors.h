@@ -13,6 +13,8 @@
 // masked.  The machine is the one the file is compiled for (build.py: -march=native).  On x86 tests/kernels run every form but
 // NEON, which was neither run nor timed in this form (its predecessor gave the same bits under qemu-aarch64).
 
+#pragma once
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -247,12 +249,18 @@ INLINE float total(Sixteen v) { return total(add_halves<Eight>(v)); }
 INLINE void add_totals(const Floats* v, float* to) {
     __m512 sum[16];
     UNROLL for (int i = 0; i < 16; ++i) sum[i] = (__m512)v[i % 4 * 4 + i / 4];      // so that the order at the end is that of v
-    UNROLL for (int i = 0; i < 8; ++i)
-        sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x44) + _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xee);
-    UNROLL for (int i = 0; i < 4; ++i)
-        sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xdd);
-    UNROLL for (int i = 0; i < 2; ++i)
-        sum[i] = _mm512_shuffle_ps(sum[2 * i], sum[2 * i + 1], 0x44) + _mm512_shuffle_ps(sum[2 * i], sum[2 * i + 1], 0xee);
+    UNROLL for (int i = 0; i < 8; ++i) {
+        __m512 a = sum[2 * i], b = sum[2 * i + 1];
+        sum[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);       // lanes 8 apart
+    }
+    UNROLL for (int i = 0; i < 4; ++i) {
+        __m512 a = sum[2 * i], b = sum[2 * i + 1];
+        sum[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);       // 4
+    }
+    UNROLL for (int i = 0; i < 2; ++i) {
+        __m512 a = sum[2 * i], b = sum[2 * i + 1];
+        sum[i] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);             // 2
+    }
     _mm512_storeu_ps(to, _mm512_shuffle_ps(sum[0], sum[1], 0x88) + _mm512_shuffle_ps(sum[0], sum[1], 0xdd));
 }
 #endif

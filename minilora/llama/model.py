@@ -19,6 +19,7 @@ from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.frugal import attention, rms_norm, rotate, swiglu
+from minilora.llama.head import logits
 from minilora.llama.masks import attention_masks
 from minilora.llama.recompute import recompute
 from minilora.llama.rotary import inverse_frequencies, rotation
@@ -217,7 +218,7 @@ class LlamaForCausalLM(nn.Module):
         """Logits: (B, T, vocab), or (B, 1, vocab) with `last_only`; arguments as in `hidden`."""
         at = torch.full((len(input_ids), 1), input_ids.shape[1] - 1, device=input_ids.device) \
             if last_only and input_ids.dim() == 2 and input_ids.shape[1] > 1 else None
-        return self.lm_head(self.hidden(input_ids, attention_mask, position_ids, cache, at))
+        return logits(self.lm_head, self.hidden(input_ids, attention_mask, position_ids, cache, at))
 
 
 def _check_ids(input_ids: Tensor, rows: int) -> None:

@@ -92,3 +92,37 @@ def test_blocks_of_zeros_give_zero(kernel: Kernel) -> None:
     q = quantize_nf4(torch.zeros(8, 128), double_quant=False)
     for dtype in (torch.float32, torch.bfloat16):
         assert (product(kernel, q, torch.ones(2, 128, dtype=dtype)) == 0).all()
+
+
+@given(out=st.sampled_from((1, 5, 6, 7, 200)), columns=st.sampled_from((1, 31, 32, 33, 96, 2048, 2057)), rows=st.integers(1, 4))
+def test_dense_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, out: int, columns: int, rows: int) -> None:
+    if rows > kernel.dense_rows:
+        with pytest.raises(ValueError, match=f"1 to {kernel.dense_rows} rows"):
+            kernel.dense_product(torch.zeros(rows, columns, dtype=torch.bfloat16), torch.zeros(out, columns).bfloat16())
+        return
+    w, x = normal(out, columns).bfloat16(), normal(rows, columns, seed=1).bfloat16()
+    y = kernel.dense_product(x, w)
+    exact, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    bound = (columns + 2) * 2.0 ** -24 * size * (1 + 2.0 ** -8) + 2.0 ** -8 * exact.abs() + 1e-36
+    worst = float(((y.double() - exact).abs() / bound).max())
+    assert y.shape == (rows, out) and y.dtype == torch.bfloat16 and worst <= 1, f"off by {worst:.2f} times the bound"
+
+
+def test_dense_rows_depend_neither_on_their_neighbours_nor_on_threads(kernel: Kernel) -> None:
+    w, x = normal(1030, 512).bfloat16(), normal(max(kernel.dense_rows, 1), 512, seed=1).bfloat16()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results += [kernel.dense_product(x[:rows], w) for rows in range(1, kernel.dense_rows + 1)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(y, results[-1][: len(y)]) for y in results)
+
+
+def test_dense_products_take_what_fits(kernel: Kernel) -> None:
+    x, w = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.bfloat16)
+    for bad_x, bad_w in ((x[:0], w), (x.expand(9, 64), w), (x, w[:, :32]), (x.float(), w), (x, w.float()),
+                         (x, torch.zeros(64, 8, dtype=torch.bfloat16).T)):
+        with pytest.raises(ValueError, match="the kernel takes"):
+            kernel.dense_product(bad_x, bad_w)
