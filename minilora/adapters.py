@@ -84,13 +84,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None, extra: dict[str, Any] | None = None,
-                 revision: str | None = None) -> None:
+                 revision: str | None = None, digest: str | None = None) -> None:
     """Write the model's adapters as PEFT does; `PeftModel.from_pretrained` reads the folder.
 
     Args:
         folder: created if absent; each file is replaced atomically.
         base_model: name or path recorded as the base. extra: entries added to minilora.json.
-        revision: of a base on the hub; PEFT fetches that one.
+        revision: of a base on the hub; PEFT fetches that one. digest: `base_digest`, where the base is no longer whole here.
 
     Raises: ConfigError: no LoRA layers, or layers of several settings. OutputError: the disk refuses.
     """
@@ -102,7 +102,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; check the path and its permissions") from error
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(adapter_tensors(model), temporary, metadata={"format": "pt"})
-    save_extra(model, folder, {"base_digest": base_digest(model), **(extra or {})})
+    save_extra(model, folder, {"base_digest": digest or base_digest(model), **(extra or {})})
     write_json(folder / CONFIG_FILE, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "revision": revision,
         "inference_mode": True,

@@ -17,7 +17,7 @@ from minilora import store_commands, task_commands
 from minilora.config import TrainConfig, read_toml
 from minilora.errors import ConfigError, MiniloraError, StoppedError, memory_reason
 from minilora.flags import (
-    STORE_FLAGS,
+    NO_SETTINGS,
     Formatter,
     Parser,
     answer_flags,
@@ -30,6 +30,7 @@ from minilora.flags import (
     predict_flags,
     score_flags,
     store_flags,
+    team_flags,
     train_flags,
 )
 from minilora.stopping import terminated_cleanly
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "fine-tune a 4-bit base with LoRA (or all weights) on a table of notes and labels")
     sub.add_argument("--config", help="TOML file with any of the settings below; flags win over it")
     train_flags(sub)
+    team_flags(sub)
     store_flags(sub)
 
     sub = command("track", store_commands.track,
@@ -165,8 +167,11 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from minilora.train import train
-    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "config", *STORE_FLAGS)}
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "config", *NO_SETTINGS)}
     config = TrainConfig(**{**(read_toml(args.config) if args.config else {}), **given})
+    if args.distributed:
+        store_commands.train_by_many(args, config)
+        return
     with store_commands.followed(args, config.out):
         result = train(config)
     store_commands.register(args, config.out)
@@ -189,6 +194,7 @@ def _memory(args: argparse.Namespace) -> None:
     from minilora.files import check_output, write_json
     from minilora.loading import pick_device, pick_dtype
     from minilora.memory import Workload
+    from minilora.memory_shared import table as shared_table
     from minilora.memory_table import as_object, describe, plan, table
     from minilora.shapes import shape_of
     if args.json:
@@ -206,6 +212,8 @@ def _memory(args: argparse.Namespace) -> None:
     print(describe(args.model, config, work))
     columns = plan(args.model, config, work, measured=args.measure, device=str(device))
     print(table(columns))
+    if args.processes:
+        print(f"\n{shared_table(config, work, args.processes)}")
     if args.json:
         write_json(args.json, [as_object(column) for column in columns])
 

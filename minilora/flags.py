@@ -122,7 +122,14 @@ def data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write what was found there as well (check)")
 
 
-STORE_FLAGS = ("mlflow", "experiment", "register", "alias", "registry")
+def team_flags(parser: argparse.ArgumentParser) -> None:
+    """How several processes share a training."""
+    parser.add_argument("--distributed", choices=("ddp", "fsdp"),
+                        help="with the processes that torchrun started: ddp shares the notes of a step, fsdp the 4-bit base "
+                             "as well")
+
+
+NO_SETTINGS = ("distributed", "mlflow", "experiment", "register", "alias", "registry")       # of train's flags: not the run's
 
 
 def store_flags(parser: argparse.ArgumentParser, registers: bool = True) -> None:
@@ -163,6 +170,8 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
                         help="quantize the block constants as well")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; a GPU need not be here to be planned for")
+    parser.add_argument("--processes", nargs="+", type=int, default=[], metavar="N",
+                        help="say as well what each of N processes holds and sends (train --distributed)")
     parser.add_argument("--measure", nargs="+", choices=("full", "lora", "qlora"), default=[], metavar="KIND",
                         help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")

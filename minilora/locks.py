@@ -86,6 +86,19 @@ class FolderLock:
             return False
 
 
+class Unlocked:
+    """In place of the lock, for processes that write nothing."""
+
+    def check(self) -> None:
+        """Nothing to make sure of."""
+
+    def __enter__(self) -> Unlocked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def refuse_if_locked(folder: Path) -> None:
     """Say early that a run has the folder; changes nothing.
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -135,9 +136,10 @@ def last_checkpoint(folder: Path) -> str:
     return f"the last good checkpoint is {found[-1]}" if found else f"there is no checkpoint in {folder}"
 
 
-def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, cut: bool = True) -> Position:
     """Put the newest whole checkpoint into model, optimizer and random state, and cut metrics.jsonl back to it.
 
+    Args: cut: where another process does it, leave metrics.jsonl alone.
     Returns: its position; step 0 when the run was killed before its first checkpoint.
     Raises: CheckpointError: no checkpoint can be read, or it is of another model.
     Warns: UserWarning for each damaged one that is passed over.
@@ -158,12 +160,14 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
             warnings.warn(f"{path} is damaged and passed over ({disk_reason(error)})", stacklevel=2)
             continue
         _restore(path, model, optimizer, tensors, rest)
-        cut_metrics(folder, position.metrics_bytes)
+        if cut:
+            cut_metrics(folder, position.metrics_bytes)
         return position
     if newest_first:
         raise CheckpointError(f"no checkpoint in {folder / CHECKPOINTS} is readable ({type(problem).__name__}); start the "
                               "run anew with --overwrite")
-    cut_metrics(folder, 0)
+    if cut:
+        cut_metrics(folder, 0)
     return Position()
 
 
@@ -187,6 +191,11 @@ def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
             parameter.copy_(tensors[name])
     optimizer.load_state_dict(rest["optimizer"])
     set_random_state(rest)
+
+
+def seed_member(seed: int, step: int, rank: int) -> None:
+    """Begin a step's generators anew, for one of several processes: its dropout then hangs on the step's number alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def random_state() -> dict[str, Any]:

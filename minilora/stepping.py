@@ -89,14 +89,16 @@ class Gradients:
     broken_rows: tuple[int, ...] = ()
 
 
-def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: torch.optim.Optimizer) -> Gradients:
+def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: torch.optim.Optimizer,
+                      label_tokens: int | None = None) -> Gradients:
     """Forward and backward of a step's micro-batches; the gradients stand in the parameters, which had none.
 
+    Args: label_tokens: of the whole step, default those of the batches. A batch that says to have none does not count.
     Raises: MiniloraError: out of memory, with no pages to put out, or even so.
     """
     random = random_state()
     try:
-        return _forward_backward(model, batches)
+        return _forward_backward(model, batches, label_tokens)
     except (MemoryError, RuntimeError) as error:        # torch.OutOfMemoryError is a RuntimeError
         reason = memory_reason(error)
         if reason is None:
@@ -108,7 +110,7 @@ def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: 
         set_random_state(random)
         torch.cuda.empty_cache()
         try:
-            return replace(_forward_backward(model, batches), evicted_bytes=freed)
+            return replace(_forward_backward(model, batches, label_tokens), evicted_bytes=freed)
         except (MemoryError, RuntimeError) as error:
             reason = memory_reason(error)
             if reason is None:
@@ -117,11 +119,11 @@ def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: 
                         "--accumulate, lower --max-length, or add --gradient-checkpointing") from None
 
 
-def _forward_backward(model: LlamaForCausalLM, batches: list[Batch]) -> Gradients:
-    label_tokens, loss = sum(batch.label_tokens for batch in batches), 0.0
+def _forward_backward(model: LlamaForCausalLM, batches: list[Batch], label_tokens: int | None) -> Gradients:
+    over, loss = label_tokens or sum(batch.label_tokens for batch in batches), 0.0
     broken: list[int] = []
     for batch in batches:
-        part = label_loss(model, batch) / label_tokens
+        part = label_loss(model, batch) / over if batch.label_tokens else 0 * label_loss(model, batch)
         with repeatable(model.device):
             part.backward()
         value = float(part.detach())

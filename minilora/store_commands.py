@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from minilora.config import TrainConfig
 from minilora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +29,32 @@ def followed(args: argparse.Namespace, out: str) -> AbstractContextManager[None]
         return nullcontext()
     from minilora.integrations.tracking import follow
     return follow(out, _store(args))
+
+
+def train_by_many(args: argparse.Namespace, config: TrainConfig) -> None:
+    """`minilora train --distributed`: the same in every process that torchrun started; the first one writes and says.
+
+    Raises: ConfigError: settings that one process alone can train with.
+    """
+    if config.tune == "full":
+        raise ConfigError("--distributed trains adapters; --tune full is for one process")
+    if args.distributed == "fsdp" and config.init_lora_weights != "lora":
+        raise ConfigError(f"--init-lora-weights {config.init_lora_weights} saves the base it has changed, of which no process "
+                          "of --distributed fsdp has the whole: give --distributed ddp")
+    from minilora.integrations.distributed import ProcessGroup
+    from minilora.train import train
+    team = ProcessGroup(args.distributed, config.device)
+    try:
+        with followed(args, config.out) if team.leads else nullcontext():
+            result = train(config if team.leads else replace(config, quiet=True), team)
+        if team.leads:
+            register(args, config.out)
+            if not config.quiet:
+                print(f"{result.steps} steps by {team.size} processes in {result.seconds:.0f} s: loss {result.loss:.4f}; peak "
+                      f"memory of the first {result.peak_bytes / 1e9:.2f} GB")
+        team.wait()
+    finally:
+        team.close()
 
 
 def register(args: argparse.Namespace, out: str) -> None:

@@ -13,20 +13,21 @@ With ``tune = "full"`` there are no adapters: all weights are float32 and traine
 from __future__ import annotations
 
 import math
+import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minilora.adapters import save_adapter, save_extra
+from minilora.adapters import base_digest, save_adapter, save_extra
 from minilora.card import file_sha256, write_model_card
 from minilora.config import TrainConfig
-from minilora.data.batches import collate, epoch_batches, steps_per_epoch
+from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
 from minilora.errors import ConfigError, DataError, MiniloraError, StoppedError, memory_reason
@@ -36,14 +37,24 @@ from minilora.llama import checkpoint
 from minilora.llama.config import LlamaConfig
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
+from minilora.locks import Unlocked
 from minilora.loss import PADDING, validation_loss
 from minilora.malloc import keep_freed_memory
 from minilora.optim.paged_adamw import PagedAdamW
 from minilora.own_base import FOLDER, save_base, start_adapters
-from minilora.run_checkpoints import Position, has_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
+from minilora.run_checkpoints import (
+    Position,
+    has_checkpoint,
+    last_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    seed_member,
+    trained_parameters,
+)
 from minilora.runs import append_metrics, check_run, last_metrics, open_run, peak_bytes
 from minilora.stepping import compute_gradients, learning_rate, make_optimizer, peak_learning_rate, rate_groups
 from minilora.stopping import asked_to_stop
+from minilora.team import Team
 
 ROWS_NAMED = 64         # of a batch, in a message
 
@@ -113,25 +124,28 @@ def _steps(examples: list[Example], config: TrainConfig, first: int, total: int)
         epoch += 1
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     """Fine-tune a model on a table of notes and labels.
 
     Everything that can be wrong with the input is found before the run folder is made.
 
+    Args: team: of processes that do it together, every one with the same config; default this one alone.
     Returns: figures of the run; the adapter (or, after full tuning, the model), tokenizer, label set, metrics and model
         card stand in ``config.out``.
     Raises: MiniloraError: bad input, an output in use, or a loss that is not finite. StoppedError: a signal asked for it; the
         checkpoint is written.
     Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not (test_train.py).
     """
-    began = time.perf_counter()
+    began, team = time.perf_counter(), team or Team()
     out, full = Path(config.out), config.tune == "full"
-    check_run(out, config.resume, config.overwrite)
+    if team.leads:
+        check_run(out, config.resume, config.overwrite)
     if config.resume:
         config.check_resumes(out / "config.toml")
-    folder = resolve_model(config.model, progress=not config.quiet)
+    with team.leader_first():
+        folder = resolve_model(config.model, progress=not config.quiet)
     tokenizer = read_tokenizer(folder)
-    device = pick_device(config.device)
+    device = team.device or pick_device(config.device)
     dtype = torch.float32 if full else pick_dtype(config.dtype, device)
     # The tables come before the weights: a wrong column should not cost the minutes in which a large model is quantized.
     llama = LlamaConfig.from_json(folder / "config.json")
@@ -144,9 +158,11 @@ def train(config: TrainConfig) -> TrainResult:
     # PiSSA and LoftQ change the base.  That is not done twice: a resumed run goes on over the base that it saved.
     start = None if full or config.init_lora_weights == "lora" else config.init_lora_weights
     started = start is not None and config.resume and has_checkpoint(out)
-    model = load_model(out / FOLDER if started else folder, quantize=None if config.quantize == "none" else "nf4",
-                       double_quant=config.double_quant, blocksize=config.blocksize, dtype=dtype, device=device,
-                       pad_vocab=config.pad_vocab, progress=not config.quiet, cache=config.cache)
+    with team.leader_first() if config.cache else nullcontext():
+        model = load_model(out / FOLDER if started else folder, quantize=None if config.quantize == "none" else "nf4",
+                           double_quant=config.double_quant, blocksize=config.blocksize, dtype=dtype,
+                           device=team.reads_to or device, pad_vocab=config.pad_vocab, progress=not config.quiet,
+                           cache=config.cache)
     torch.manual_seed(config.seed)
     if not full:
         add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))
@@ -154,6 +170,9 @@ def train(config: TrainConfig) -> TrainResult:
         start_adapters(model, folder, start, config.quiet)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
+    trained, parameters = trainable_parameters(model)
+    digest = None if full else base_digest(model)
+    team.shard(model)
     groups = rate_groups(model, config.loraplus_lr_ratio)
     optimizer = make_optimizer(groups, config, device)
     total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
@@ -161,21 +180,22 @@ def train(config: TrainConfig) -> TrainResult:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
     peak_rate = peak_learning_rate(config, llama.hidden_size)
 
-    with open_run(out, config.resume, config.overwrite) as lock:
-        config.save(out / "config.toml")
-        if start and not started:
-            save_base(model, tokenizer, out)
-            save_checkpoint(out, Position(data_sha256=table), model, optimizer)
-        position = load_checkpoint(out, model, optimizer) if config.resume else Position()
+    with open_run(out, config.resume, config.overwrite) if team.leads else Unlocked() as lock:
+        if team.leads:
+            config.save(out / "config.toml")
+            if start and not started:
+                save_base(model, tokenizer, out)
+                save_checkpoint(out, Position(data_sha256=table), model, optimizer)
+            write_labels(out / "labels.txt", labels)
+            tokenizer.save(out)
+        team.wait()
+        position = load_checkpoint(out, model, optimizer, cut=team.leads) if config.resume else Position()
         if position.data_sha256 not in ("", table):
             warnings.warn(f"{config.data} has changed since step {position.step}: the run goes on, and ends with the bytes of "
                           "neither table", stacklevel=2)
         position.data_sha256 = table
-        write_labels(out / "labels.txt", labels)
-        tokenizer.save(out)
 
         keep_freed_memory()
-        trained, parameters = trainable_parameters(model)
         before = last_metrics(out)
         loss, val_loss = before.get("loss", math.nan), before.get("val_loss")
         tokens_done, training_seconds = 0, 1e-9
@@ -184,12 +204,17 @@ def train(config: TrainConfig) -> TrainResult:
             for micro_batches in _steps(examples, config, position.step, total):
                 step_started = time.perf_counter()
                 step = position.step + 1
-                batches = [collate([examples[index] for index in rows], PADDING).to(device) for rows in micro_batches]
+                batches = [_batch(examples, rows, team).to(device) for rows in micro_batches]
+                asked = sum(examples[index].label_tokens for rows in micro_batches for index in rows)
+                if team.size > 1:
+                    seed_member(config.seed, step, team.rank)
                 rate = learning_rate(step, total, peak_rate, config.warmup)
                 for group, (_, relative) in zip(optimizer.param_groups, groups, strict=True):
                     group["lr"] = rate * relative
-                gradients = compute_gradients(model, batches, optimizer)
-                loss = gradients.loss
+                gradients = compute_gradients(model, batches, optimizer, asked)
+                team.add_up([parameter.grad for parameter in trained_parameters(model).values() if parameter.grad is not None])
+                loss, seen, stops = team.totals(gradients.loss, sum(int(batch.attention_mask.sum()) for batch in batches),
+                                                request.signal is not None)
                 if gradients.evicted_bytes:
                     warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages "
                                   "were put out, and the step was done again", stacklevel=2)
@@ -202,8 +227,7 @@ def train(config: TrainConfig) -> TrainResult:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-                position.step = step
-                tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+                position.step, tokens = step, int(seen)
                 seconds = time.perf_counter() - step_started
                 tokens_done, training_seconds = tokens_done + tokens, training_seconds + seconds
                 line = {"step": step, "loss": loss, "lr": rate, "tokens": tokens, "seconds": round(seconds, 4),
@@ -216,29 +240,39 @@ def train(config: TrainConfig) -> TrainResult:
                         raise MiniloraError(f"step {step}: validation loss {val_loss} on {config.val}; start again with a "
                                             "lower --lr, or with --dtype float32")
                 lock.check()
-                position.metrics_bytes = append_metrics(out, line)
-                stopping = request.signal is not None and step < total
-                if stopping or step == total or (config.save_every and step % config.save_every == 0):
-                    save_checkpoint(out, position, model, optimizer)
-                if request.signal is not None and stopping:
-                    raise StoppedError(f"stopped by {request.signal.name} after step {step} of {total}; go on with --resume",
-                                       request.signal)
+                stopping = stops > 0 and step < total
+                if team.leads:
+                    position.metrics_bytes = append_metrics(out, line)
+                    if stopping or step == total or (config.save_every and step % config.save_every == 0):
+                        save_checkpoint(out, position, model, optimizer)
+                if stopping:
+                    by = request.signal or signal.SIGTERM
+                    raise StoppedError(f"stopped by {by.name} after step {step} of {total}; go on with --resume", by)
                 progress.set_postfix_str(f"loss {loss:.3f}, {tokens_done / training_seconds:,.0f} tokens/s"
                                          + (f", val {val_loss:.3f}" if val_loss is not None else ""), refresh=False)
                 progress.update()
         lock.check()
+        result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - began,
+                             peak_bytes(device))
+        if not team.leads:
+            return result
         extra = {"template": load_template(config.template).text, "max_length": config.max_length, "base_model": config.model}
         if full:
             checkpoint.save_checkpoint(model, out, progress=not config.quiet)
             save_extra(model, out, extra)
         else:
             base, revision = (str(out / FOLDER), None) if start else split_revision(config.model)
-            save_adapter(model, out, base_model=base, revision=revision,
+            save_adapter(model, out, base_model=base, revision=revision, digest=digest,
                          extra={**extra, "init_lora_weights": config.init_lora_weights})
-        result = TrainResult(out, position.step, loss, val_loss, trained, parameters, time.perf_counter() - began,
-                             peak_bytes(device))
         write_model_card(result, config, labels, len(examples))
     return result
+
+
+def _batch(examples: list[Example], rows: list[int], team: Team) -> Batch:
+    """The team's member's share of a micro-batch; one that does not count says that it has no label tokens."""
+    mine, counts = team.share(rows)
+    batch = collate([examples[index] for index in mine], PADDING)
+    return batch if counts else replace(batch, label_tokens=0)
 
 
 def _named(rows: list[int]) -> str:

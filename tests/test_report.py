@@ -22,7 +22,7 @@ from minilora.baseline import NAME as BAG_OF_WORDS
 from minilora.cli import build_parser, main
 from minilora.errors import MiniloraError, OutputError
 from minilora.evaluate import OTHER
-from minilora.flags import STORE_FLAGS
+from minilora.flags import NO_SETTINGS
 from minilora.report import write_report
 from minilora.report.facts import train_command
 from minilora.report.scorefiles import find_evaluation
@@ -331,7 +331,7 @@ def test_an_evaluation_is_taken_only_where_it_is_certain(folders: list[str], fou
 def test_its_command_makes_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig(**{"model": "tiny", "data": "train.csv", "out": "run", **settings})
     args = vars(build_parser().parse_args(shlex.split(" ".join(train_command(config)))[1:]))
-    settings = {key: value for key, value in args.items() if key not in ("command", "run", "config", *STORE_FLAGS)}
+    settings = {key: value for key, value in args.items() if key not in ("command", "run", "config", *NO_SETTINGS)}
     assert TrainConfig(**settings) == config
 
 

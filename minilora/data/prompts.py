@@ -182,6 +182,11 @@ class Example:
     row: int = 0
     cut: bool = False
 
+    @property
+    def label_tokens(self) -> int:
+        """Positions that carry loss."""
+        return sum(label != IGNORED for label in self.labels)
+
 
 def encode_example(tokenizer: Tokenizer, template: Template, note: str, label: str, max_length: int, *, row: int = 0,
                    reserve: int | None = None) -> Example:

@@ -105,6 +105,8 @@ class NF4Linear(nn.Module):
     Raises: QuantizationError: the weight is no matrix, or the bias doesn't fit it.
     """
 
+    SHARED = ("packed", "absmax", "nested_codes")       # what `share_out` makes parameters
+
     packed: Tensor
     absmax: Tensor
     nested_codes: Tensor
@@ -146,7 +148,7 @@ class NF4Linear(nn.Module):
         Made once, and again only after a buffer was replaced, or the offset, which is read off the device, was written to
         (load_state_dict): a token in decoding asks for hundreds.
         """
-        parts = tuple(self._buffers.values())
+        parts = (*self._buffers.values(), *(self._parameters[name] for name in self.SHARED if name in self._parameters))
         state = self.nested_offset._version if self.double_quant else 0, self.weight_dtype
         if self._made is not None and self._made[0] == state and all(map(is_, self._made[1], parts)):
             return self._made[2]
@@ -158,6 +160,14 @@ class NF4Linear(nn.Module):
             made = NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, stored_absmax=self.absmax)
         self._made = state, parts, made
         return made
+
+    def share_out(self) -> None:
+        """Make the codes and constants parameters, frozen ones: the kind of tensor that FSDP deals out over processes."""
+        for name in self.SHARED:
+            if name in self._buffers:
+                tensor = self._buffers.pop(name)
+                assert tensor is not None
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Ŵ: a new (out, in) tensor, in `dtype` or the type the weight was quantized from."""
