@@ -87,19 +87,22 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
                           ) from error
         write_json(temporary / STATE_FILE, asdict(position))
         write_text(temporary / SUMS_FILE, "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())))
-    try:
-        _drop(checkpoints, position.step)
-    except OSError as error:
-        warnings.warn(f"old checkpoints in {checkpoints} could not be removed ({disk_reason(error)})", stacklevel=2)
+    _drop(folder, position.step, later=True)
 
 
-def _drop(checkpoints: Path, step: int) -> None:
-    """Keep the newest two up to `step`; later ones were passed over as damaged, and their steps are done again."""
-    found = _checkpoints(checkpoints.parent)
+def _drop(folder: Path, step: int, later: bool) -> None:
+    """Keep the newest two up to `step`, and nothing that a kill left.
+
+    Args: later: drop those behind it too, which were passed over as damaged: their steps have been done again.
+    """
+    checkpoints, found = folder / CHECKPOINTS, _checkpoints(folder)
     upto = [path for path in found if _step(path) <= step]
-    for old in (*upto[:-KEPT], *found[len(upto):]):
-        old.rename(old.with_name(f"{TEMPORARY}{os.getpid()}-{old.name}"))       # in the middle of removing it is not whole
-    clear_leftovers(checkpoints)
+    try:
+        for old in (*upto[:-KEPT], *(found[len(upto):] if later else ())):
+            old.rename(old.with_name(f"{TEMPORARY}{os.getpid()}-{old.name}"))   # in the middle of removing it is not whole
+        clear_leftovers(checkpoints)
+    except OSError as error:
+        warnings.warn(f"old checkpoints in {checkpoints} could not be removed ({disk_reason(error)})", stacklevel=3)
 
 
 def _sha256(path: Path) -> str:
@@ -139,7 +142,7 @@ def last_checkpoint(folder: Path) -> str:
 def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, cut: bool = True) -> Position:
     """Put the newest whole checkpoint into model, optimizer and random state, and cut metrics.jsonl back to it.
 
-    Args: cut: where another process does it, leave metrics.jsonl alone.
+    Args: cut: False where another process does that, and removes what is too old; this one then only reads.
     Returns: its position; step 0 when the run was killed before its first checkpoint.
     Raises: CheckpointError: no checkpoint can be read, or it is of another model.
     Warns: UserWarning for each damaged one that is passed over.
@@ -162,6 +165,7 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
         _restore(path, model, optimizer, tensors, rest)
         if cut:
             cut_metrics(folder, position.metrics_bytes)
+            _drop(folder, position.step, later=False)       # the kill may have come just before that, and no save comes after
         return position
     if newest_first:
         raise CheckpointError(f"no checkpoint in {folder / CHECKPOINTS} is readable ({type(problem).__name__}); start the "

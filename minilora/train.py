@@ -30,7 +30,7 @@ from minilora.config import TrainConfig
 from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
-from minilora.errors import ConfigError, DataError, MiniloraError, StoppedError, memory_reason
+from minilora.errors import CheckpointError, ConfigError, DataError, MiniloraError, StoppedError, memory_reason
 from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
@@ -190,6 +190,9 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
             tokenizer.save(out)
         team.wait()
         position = load_checkpoint(out, model, optimizer, cut=team.leads) if config.resume else Position()
+        if team.totals(position.step)[0] != team.size * position.step:
+            raise CheckpointError(f"process {team.rank} goes on from step {position.step} and another one from another: is {out} "
+                                  "the same folder, and readable, everywhere?")
         if position.data_sha256 not in ("", table):
             warnings.warn(f"{config.data} has changed since step {position.step}: the run goes on, and ends with the bytes of "
                           "neither table", stacklevel=2)

@@ -112,6 +112,21 @@ def test_an_overwriting_run_killed_before_any_change_is_overwritten_again(
         assert differing(finished(runs, again), expected) == [], f"killed before change {at} of {changes}"
 
 
+def test_a_kill_before_or_while_the_oldest_checkpoint_is_removed_leaves_nothing_of_it(
+        runs: Runs, settings: dict[str, Any], tmp_path: Path) -> None:
+    """After the last step no checkpoint is written any more, so it is resuming that must clear it away."""
+    config = {**settings, "epochs": 2, "out": str(tmp_path / "run")}
+    changes = runs.run(config)["changes"]
+    expected = result(tmp_path / "run")
+    half_removed = 0
+    for at in range(changes - 40, changes):
+        shutil.rmtree(tmp_path / "run")
+        assert runs.run(config, at=at)["killed"], f"the run ended before change {at} of {changes}"
+        half_removed += any((tmp_path / "run" / "checkpoints").glob(".tmp-*-step-000002"))
+        assert differing(finished(runs, gone_on_with(config)), expected) == [], f"killed before change {at} of {changes}"
+    assert half_removed
+
+
 def test_runs_killed_at_random_moments_end_with_the_same_bytes(runs: Runs, settings: dict[str, Any], tmp_path: Path) -> None:
     config = {**settings, "epochs": 10, "save_every": 2, "out": str(tmp_path / "whole")}
     expected = finished(runs, config)
