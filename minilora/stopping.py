@@ -68,7 +68,8 @@ def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameT
         yield
     finally:
         for number in mine:
-            signal.signal(number, before[number])
+            if signal.getsignal(number) is handler:     # else the block has decided otherwise, for what comes after it too
+                signal.signal(number, before[number])
 
 
 def _say(text: str) -> None:

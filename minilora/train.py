@@ -191,8 +191,8 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
         team.wait()
         position = load_checkpoint(out, model, optimizer, cut=team.leads) if config.resume else Position()
         if team.totals(position.step)[0] != team.size * position.step:
-            raise CheckpointError(f"process {team.rank} goes on from step {position.step} and another one from another: is {out} "
-                                  "the same folder, and readable, everywhere?")
+            raise CheckpointError(f"process {team.rank} goes on from step {position.step} and another one from another: is "
+                                  f"{out} the same folder, and readable, everywhere?")
         if position.data_sha256 not in ("", table):
             warnings.warn(f"{config.data} has changed since step {position.step}: the run goes on, and ends with the bytes of "
                           "neither table", stacklevel=2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
@@ -118,5 +119,7 @@ def _sum(tensor: Tensor) -> None:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:       # torch.distributed.DistBackendError is one
+        # This process ends anyway: torchrun, which tells it to, must not come in between before it has said why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise MiniloraError("another process of the team has ended, so this one ends too; what went wrong stands in its own "
                             "line, and the run goes on with --resume") from error
