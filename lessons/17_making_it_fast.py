@@ -207,7 +207,8 @@ with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
     first, second = page_faults(fresh.fill_, 1.0), page_faults(fresh.fill_, 2.0)
     del fresh
 print(f"first time {first:,} faults, second time {second:,}")
-assert (size, size // 4096) == (33_554_432, 8192) and first >= size >> 21 and second < first / 2
+assert (size, size // 4096) == (33_554_432, 8192)
+assert first == 0 or (first >= size >> 21 and second < first / 2)              # 0: a system that does not count them
 
 # %% [markdown]
 # 8,192, if the system's pages are that small (some hand out pages of two megabytes, and have a few dozen faults), and then
@@ -247,7 +248,7 @@ assert torch.equal(q.dequantize(out=out).view(-1), plain), "whatever the speed, 
 
 # %% [markdown]
 # Compare the last two: one kernel, the same bytes, and most of the time was the system handing out pages. And the first two
-# take longer than their bytes explain, because each of their passes writes its result into fresh memory as well.
+# take longer than their bytes explain, because their passes write into fresh memory as well.
 #
 # ## The same on a GPU
 #

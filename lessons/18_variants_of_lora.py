@@ -257,7 +257,7 @@ with picture("18_variants", columns=2, width=8, height=3) as both_axes:
         for name, shares in curves.items():
             axes.plot(rates, shares, "o-", color=colors[name], markersize=4, label=name)
         axes.set(xscale="log", yscale="log", xlabel="learning rate (of A)", title=f"{task} directions: loss left, 60 steps")
-    both_axes[1].legend(fontsize=8, loc="upper center")
+    both_axes[0].legend(fontsize=8, loc="lower left")
 
 # %% [markdown]
 # ![loss left over the learning rate for five variants, on a task of new and one of strong directions](figures/18_variants.png)
