@@ -9,8 +9,6 @@
 
 # %%
 import functools
-import json
-import pickle
 import tempfile
 from pathlib import Path
 
@@ -292,16 +290,6 @@ assert [one.label for one in at_once] == [other.label for other in shared] and a
 # of the *model code* (padding must not change a row's answer), and it is what makes a result from a cluster one that you
 # can check on a laptop.
 #
-# What is sent to a worker is not the model. It is a description, and the worker loads the rest from a path that it can
-# read:
-
-# %%
-description = len(pickle.dumps(how))
-weights = sum(tensor.nbytes for tensor in (*predictor(how).model.parameters(), *predictor(how).model.buffers()))
-print(f"{description} bytes with each task, where the small model has {weights:,} and a 7B four gigabytes")
-assert description < 1000 < weights
-
-# %% [markdown]
 # ## Keeping an account
 #
 # A run on ten machines wants a place where its figures can be seen: MLflow. The rule in the package is that the *run
@@ -312,28 +300,19 @@ assert description < 1000 < weights
 # in between. What does the store have in the end, with either order?
 
 # %%
-lines = [json.dumps({"step": step, "loss": 3.0 / step}) for step in range(1, 7)]
-
-
-def sync(store, state, send_first, dies_at=None):
-    for line in map(json.loads, lines):
-        if line["step"] <= state["steps"]:
-            continue
-        for action in ("send", "note") if send_first else ("note", "send"):
-            if action == "send":
-                store.append(line["step"])
-            else:
-                state["steps"] = line["step"]
-            if line["step"] == dies_at:                 # after the first of the two
-                return
-
-
 def account(send_first):
-    """The steps that a store has after a sync that died on the way, and one that did not."""
-    store, state = [], {"steps": 0}
-    sync(store, state, send_first, dies_at=3)
-    sync(store, state, send_first)
-    return store
+    """The steps that a store has after a sync that died at the third step, between the two actions, and one that did not."""
+    sent, noted = [], 0
+    for dies_at in (3, None):
+        for step in range(noted + 1, 7):
+            half_done = step == dies_at
+            if send_first or not half_done:
+                sent.append(step)
+            if not send_first or not half_done:
+                noted = step
+            if half_done:
+                break
+    return sent
 
 
 print("sent, then written down:", account(send_first=True))

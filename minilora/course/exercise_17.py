@@ -66,7 +66,7 @@ IN_ORDER = [4 * (element ^ 1) for element in range(8)]
 TASKS = (
     Task("unpack_by_pairs", _unpack, fixed=(), random=_packed, tolerance=0.0, mistakes=(
         Mistake("your nibbles are swapped: the first weight of a byte is in its high nibble",
-                lambda packed, absmax, blocksize: _side_by_side(*reversed(_levels(packed)), absmax, blocksize)),
+                lambda packed, absmax, blocksize: _side_by_side(_levels(packed)[1], _levels(packed)[0], absmax, blocksize)),
         Mistake("all high nibbles come first, then all low ones: the two weights of a byte are neighbours",
                 lambda packed, absmax, blocksize: (torch.cat(_levels(packed)).view(-1, blocksize) * absmax[:, None]).view(-1)),
         Mistake("the constants are missing: the table's levels lie between -1 and 1",
