@@ -132,8 +132,8 @@ assert differing == 0 and away < 1e-3
 #
 # ## What crosses the network
 #
-# A sum over processes is an *all-reduce*. The simple way, everyone sends everything to everyone, costs N − 1 times the
-# gradient. The usual way is a ring. The gradient is cut into N pieces, and each process always sends one piece to its
+# A sum over P processes is an *all-reduce*. The simple way, everyone sends everything to everyone, costs P − 1 times the
+# gradient. The usual way is a ring. The gradient is cut into P pieces, and each process always sends one piece to its
 # right. In the first round the pieces are added up on their way, in the second the finished ones are handed around.
 
 # %%
@@ -169,7 +169,7 @@ print(f"{sent[0] / 2 ** 20:.0f} MB, {sent[0] / four[0].nbytes:.1f} times the gra
 assert sent == [2 * 3 * four[0].nbytes // 4] * 4 and round(hundred, 1) == 7.9
 
 # %% [markdown]
-# 6 and 7.9. Many guess that more processes mean more traffic for each. It is 2 (N − 1) / N times the gradient, and never
+# 6 and 7.9. Many guess that more processes mean more traffic for each. It is 2 (P − 1) / P times the gradient, and never
 # more than twice, for any number of them.
 #
 # So what counts is how large the gradient is. LoRA was about memory; here it pays a second time.

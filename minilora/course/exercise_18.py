@@ -30,10 +30,9 @@ def _over(weight: Tensor, r: int, scaling: float, use_dora: bool = False) -> LoR
 
 def _dora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
     layer = _over(weight, len(lora_a), scaling, use_dora=True)
-    with torch.no_grad():
-        for parameter, value in zip(layer.parameters(), (magnitude, weight, lora_a, lora_b), strict=True):
-            parameter.copy_(value)
-        return layer.merged_weight()
+    layer.lora_A.weight, layer.lora_B.weight = nn.Parameter(lora_a), nn.Parameter(lora_b)
+    layer.lora_magnitude_vector = nn.Parameter(magnitude)
+    return layer.merged_weight().detach()
 
 
 def _with_lengths(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
