@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ LESSONS = [pytest.param(read_lesson(path), id=path.stem) for path in lesson_path
 EACH = pytest.mark.parametrize("lesson", LESSONS)
 PARTS = ("## The question", "**Predict.**", "## The picture", "## Where it lives", "## The trap", "## Your turn")
 LARGEST_PICTURE = 60_000        # bytes
+EXTRAS = ("mlflow", "pandas", "pyspark", "triton")              # which a reader need not have
 NUMBER = re.compile(r"(?<![\w.,/-])\d[\d,]*(?:\.\d+)?(?![\w/])")
 
 
@@ -53,6 +55,8 @@ def test_a_lesson_runs_offline_draws_its_picture_and_computes_its_numbers(
 
     monkeypatch.setenv("MINILORA_FIGURES", str(tmp_path))
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)            # as if it were not installed
     namespace = run_lesson(lesson, show=lambda text: None)
     printed = capsys.readouterr().out
     drawn, named = {path.name for path in tmp_path.iterdir()}, set(re.findall(r"\(figures/(\S+?)\)", prose(lesson)))
@@ -191,5 +195,6 @@ def test_the_way_in_is_in_the_readme_and_works_as_written(capsys: pytest.Capture
     readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     learn = readme.partition("## Learn")[2].partition("\n## ")[0]
     commands = re.findall(r"^minilora (\w+) (\S+)", learn, re.MULTILINE)
+    assert "[Nineteen lessons](lessons/README.md)" in learn and len(LESSONS) == 19
     assert ("lesson", "2") in commands and ("check", "2") in commands and "lessons/exercises/02.py" in learn
     assert main(["check", "2"]) == 2 and "not written yet" in capsys.readouterr().out
