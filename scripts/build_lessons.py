@@ -2,7 +2,7 @@
 
     python scripts/build_lessons.py [--out build/lessons] [--unrun]
 
-The lessons are run for it, which takes about as long as reading one of them; --unrun leaves out what they print.
+The lessons are run for it, which takes a few minutes on two cores; --unrun leaves out what they print.
 """
 from __future__ import annotations
 

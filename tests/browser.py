@@ -138,8 +138,9 @@ class Browser:
         """Press the mouse, move it along a way, let it go."""
         for kind, (x, y), held in [("mouseMoved", start, 0), ("mousePressed", start, 1), *(("mouseMoved", at, 1) for at in way),
                                    ("mouseReleased", way[-1], 0)]:
-            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left" if kind != "mouseMoved" or held else "none",
-                      buttons=held, clickCount=int(kind != "mouseMoved"))
+            pressed = kind != "mouseMoved"
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left" if pressed or held else "none",
+                      buttons=held, clickCount=int(pressed))
 
     def swipe(self, start: tuple[float, float], way: Sequence[tuple[float, float]]) -> None:
         """The same with a finger."""
@@ -150,8 +151,9 @@ class Browser:
         """Press a key and let it go."""
         codes = {"ArrowRight": 39, "ArrowLeft": 37, "Tab": 9, "Enter": 13, " ": 32}
         for kind in ("keyDown", "keyUp"):
+            typed = {" ": " ", "Enter": "\r"}.get(name, "") if kind == "keyDown" else ""
             self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name.strip() or "Space",
-                      windowsVirtualKeyCode=codes[name], text={" ": " ", "Enter": "\r"}.get(name, "") if kind == "keyDown" else "")
+                      windowsVirtualKeyCode=codes[name], text=typed)
 
     def picture(self, path: Path, whole: bool = True) -> None:
         """The page as a PNG."""

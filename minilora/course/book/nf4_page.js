@@ -6,7 +6,7 @@ const find = id => document.getElementById(id);
 
 // Normal numbers from a generator of its own (mulberry32, Box and Muller), the same at every visit.
 const NORMAL = (() => {
-  let state = 7;
+  let state = 8;
   const uniform = () => {
     state = (state + 0x6d2b79f5) | 0;
     let mixed = Math.imul(state ^ state >>> 15, 1 | state);
@@ -61,7 +61,7 @@ function drawWeights(chosen, weights, now, block) {
   bins.forEach((count, i) => count && add("rect", {class: "grey", x: to(i * step - REACH), width: to(step) - to(0),
     y: PLOT.ground - count / tallest * (PLOT.ground - 34), height: count / tallest * (PLOT.ground - 34)}));
   add("line", {class: "base", x1: to(-REACH), x2: to(REACH), y1: PLOT.ground, y2: PLOT.ground});
-  for (let x = -REACH; x <= REACH; x += 5) add("text", {class: "tick middle", x: to(x), y: PLOT.height - 6}, x);
+  for (let x = -REACH; x <= REACH; x += 5) add("text", {class: "tick middle", x: to(x), y: PLOT.height - 6}, digits(x, 0));
   for (let i = block.start; i < block.stop; i++) {
     add("line", {class: "orange", x1: to(weights[i]), x2: to(weights[i]), y1: PLOT.ground + 26, y2: PLOT.ground + 38});
   }
@@ -111,9 +111,10 @@ function drawCodes(now, block) {
 
 function drawTradeoff(chosen, weights) {
   const {width, add} = canvas("tradeoff", 270), points = [];
-  for (const double of [false, true]) {
-    for (const size of SIZES) {
-      const made = quantizeNF4(weights, size, double);
+  for (const size of SIZES) {
+    const blocks = quantizeBlocks(weights, NF4_CODE, size);
+    for (const double of [false, true]) {
+      const made = quantizeNF4(weights, size, double, undefined, blocks);
       points.push({double, size, bits: made.bits, error: rmsError(weights, made.values) / chosen.spread});
     }
   }
@@ -135,7 +136,10 @@ function drawTradeoff(chosen, weights) {
     add("polyline", {class: `${color} path`, points: line.map(point => `${x(point.bits)},${y(point.error)}`).join(" ")});
     for (const point of line) {
       add("circle", {class: color, r: 3.5, cx: x(point.bits), cy: y(point.error)});
-      if (point.size <= 256) add("text", {class: "tick", x: x(point.bits) + 6, y: y(point.error) - 6}, point.size);
+      if (point.size <= 256) {
+        add("text", double ? {class: "tick end", x: x(point.bits) - 7, y: y(point.error) + 14}
+                           : {class: "tick", x: x(point.bits) + 6, y: y(point.error) - 6}, point.size);
+      }
       if (double === chosen.double && point.size === chosen.blocksize) {
         add("circle", {class: "ring", r: 9, cx: x(point.bits), cy: y(point.error)});
       }
@@ -156,7 +160,7 @@ function say(chosen, weights, now, block, used) {
   find("error").textContent = digits(rmsError(weights, now.values) / chosen.spread, 4);
   find("error-beside").textContent = `${digits(rmsError(weights, now.values, block.start, block.stop) / chosen.spread, 4)} in this block`;
   find("used").textContent = `${used} of 16`;
-  find("used-beside").textContent = `block ${thousands(block.number)} of ${thousands(now.absmax.length)}`;
+  find("used-beside").textContent = `the block of the weights ${thousands(block.start)} to ${thousands(block.stop - 1)}`;
   const moves = now.exact.reduce((sum, exact, i) => sum + Math.abs(now.absmax[i] / exact - 1), 0) / now.exact.length;
   find("moved").textContent = `${digits(100 * moves, 2)} %`;
   find("moved-beside").textContent = chosen.double ? "on average: it is kept in 8 bits" : "it is kept in float32";

@@ -1,6 +1,6 @@
 """A lesson as a Jupyter notebook: the same cells, in nbformat 4.5.
 
-    {"cells": [{"cell_type": "markdown" | "code", "id": …, "source": [lines], …}], "metadata": …, "nbformat": 4, "nbformat_minor": 5}
+    {"cells": [{"cell_type": "markdown" | "code", "id": …, "source": [lines], …}, …], "metadata": …, "nbformat": 4, …}
 
 Pictures travel as attachments of their cell, so that a notebook is one file wherever it lies.  Outputs are left out: a lesson
 asks for a guess before it computes, and a notebook that has been run has no questions left.

@@ -1,7 +1,7 @@
 """The pages of the book: one for each lesson, one for the myths, an index, and the page on which NF4 is played with.
 
-A page is one file: style, pictures and script stand in it, and its policy lets nothing be loaded from anywhere, so that it reads
-the same from a disk, a server or a mail.  Where a lesson asks for a guess, what computes the answer is folded away
+A page is one file: style, pictures and script stand in it, and its policy lets nothing be loaded from anywhere, so that it
+reads the same from a disk, a server or a mail.  Where a lesson asks for a guess, what computes the answer is folded away
 (``<details>``, which needs no script; print shows it).
 """
 from __future__ import annotations
@@ -133,6 +133,6 @@ def index_body(text: str, rows: dict[int, Row], prose: Prose, pages: dict[int, s
                        None if row.sources == "–" else f" · follows {row.sources}", " · you write ",
                        [part for task in row.tasks for part in (", ", tag("code", task))][1:]))
                for row in rows.values()]
-    play = tag("p", tag("a", "NF4 by hand", href=NF4), ": drag a distribution of weights and a block size, and watch codes, error "
-               "and bits.", class_="play")
+    play = tag("p", tag("a", "NF4 by hand", href=NF4), ": drag a distribution of weights and a block size, and watch codes, "
+               "error and bits.", class_="play")
     return join([prose.html(before), play, tag("ol", entries, class_="contents"), prose.html(after)])

@@ -31,6 +31,7 @@ except ModuleNotFoundError as missing:
 COMMANDS = ("minilora ", "python ", "pip ", "scripts/", "source ")      # an indented block that begins so is for the terminal
 COLUMNS = re.compile(r" {3,}")
 NAME = re.compile(r"[^\W\d_]\w*")
+RAISED = "ᵀᵗⁿⁱʳ⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ₜ₀₁₂₃₄₅₆₇₈₉"      # exponents and indices that are characters of their own
 LESSON = re.compile(r"\b([Ll]esson )(\d\d)\b")
 
 
@@ -146,7 +147,7 @@ def _name(word: str) -> Markup:
     """A name: Δ and ∂ stand upright before it, exponents behind it."""
     sign = word[0] if word[0] in "Δ" and len(word) > 1 else ""
     base, _, index = word[len(sign) :].partition("_")
-    letters = base.rstrip("ᵀᵗⁿⁱʳ")
+    letters = base.rstrip(RAISED)
     alone = sum(not unicodedata.combining(character) for character in letters) == 1
     if index and not alone:                                             # nested_absmax
         return escape(word)
