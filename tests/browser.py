@@ -123,9 +123,9 @@ class Browser:
         self.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def middle(self, selector: str) -> tuple[float, float]:
-        """Where an element is on the screen, brought into view first."""
+        """Where an element is on the screen, brought into view first; of one that goes over several lines the first."""
         found = self.ask(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); "
-                         "e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect(); "
+                         "e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getClientRects()[0]; "
                          "return [b.x + b.width / 2, b.y + b.height / 2]; })()")
         return float(found[0]), float(found[1])
 

@@ -241,6 +241,8 @@ plot.addEventListener("pointermove", event => {
   const box = plot.getBoundingClientRect(), x = across(box.width).from(event.clientX - box.left);
   set(dragged, dragged === "spread" ? Math.abs(x - settings().mean) : x);
 });
+// Trap: `touch-action` does not hold for what is inside an SVG, and the page would scroll away under the finger.
+plot.addEventListener("touchstart", event => { if (event.target.closest(".handle")) event.preventDefault(); }, {passive: false});
 for (const end of ["pointerup", "pointercancel"]) plot.addEventListener(end, () => { dragged = null; });
 for (const id of ["mean", "spread", "outlier", "size", "weight", "double"]) find(id).addEventListener("input", later);
 find("strip").addEventListener("click", event => {
