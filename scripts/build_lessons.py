@@ -13,8 +13,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minilora.course.book.build import build
-from minilora.course.book.results import results
 from minilora.course.lesson import Lesson, lesson_paths
 from minilora.errors import MiniloraError
 
@@ -26,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unrun", action="store_true", help="do not run the lessons: a book without what they print")
     args = parser.parse_args(arguments)
     try:
+        # Here, since without the extra [book] the import itself says what to install.
+        from minilora.course.book.build import build
+        from minilora.course.book.results import results
+
         with tqdm(total=len(lesson_paths()), unit="lesson", disable=args.unrun) as progress:
             def run(lesson: Lesson) -> list[str]:
                 progress.set_description(lesson.path.stem)

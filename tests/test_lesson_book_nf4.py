@@ -51,6 +51,14 @@ def with_outlier(n: int) -> Tensor:
     return weights
 
 
+def beside_midpoints(blocks: int) -> Tensor:
+    """Blocks of 64 with any largest weight, and the numbers next to each midpoint of it: there each rounding decides."""
+    largest = normal(blocks, 2).abs()[:, None] + 0.1
+    middle = MIDPOINTS * largest
+    beside = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (-math.inf, math.inf)]
+    return torch.cat([largest, middle, *beside, torch.zeros(blocks, 18)], dim=1).view(-1)
+
+
 WEIGHTS: dict[str, Callable[[], Tensor]] = {
     "normal": lambda: normal(64 * 300),                                     # more than one block of constants
     "an outlier": lambda: with_outlier(4096),
@@ -58,6 +66,7 @@ WEIGHTS: dict[str, Callable[[], Tensor]] = {
     "a short last block, an odd count": lambda: normal(1001),
     "on the midpoints": lambda: torch.cat([torch.ones(1), MIDPOINTS, torch.nextafter(MIDPOINTS, torch.ones(1)),
                                            torch.nextafter(MIDPOINTS, -torch.ones(1))]).repeat(9),
+    "beside the midpoints of any scale": lambda: beside_midpoints(100),
     "on the levels": lambda: torch.cat([NF4_CODE, NF4_CODE * 3.7]),
     "zeros": lambda: torch.zeros(200),
     "some blocks of zeros": lambda: torch.cat([torch.zeros(128), normal(128), torch.zeros(64)]),
@@ -273,6 +282,18 @@ def test_a_click_brings_back_the_beginning(browser: Browser) -> None:
     assert browser.ask("settings()") == first | {"spread": 1.05, "double": False}
     browser.click("#reset")
     assert browser.ask("settings()") == first and shown(browser)["bits"] == "4.127"
+
+
+def test_what_it_gives_to_try_comes_out_as_it_says(browser: Browser) -> None:
+    first = float(shown(browser)["error"])
+    for spread in (0.1, 0.5, 3):
+        browser.ask(f"set('spread', {spread})")
+        assert math.isclose(float(shown(browser)["error"]), first, rel_tol=0.001), "errors in spreads do not change with it"
+    browser.click("#reset")
+    browser.ask("set('mean', 3)")
+    browser.settle()
+    heights = drawn(browser, "#codes .grey", "height")
+    assert sum(heights[:7]) < 0.01 * sum(heights), "the half of the table below zero is wasted"
 
 
 def test_letters_keep_their_size_when_the_window_becomes_narrow(browser: Browser, tmp_path: Path) -> None:

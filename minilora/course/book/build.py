@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minilora.course.book.notebook import notebook
-from minilora.course.book.pages import INDEX, MYTHS, NF4, Place, beside, index_body, lesson_body, page
+from minilora.course.book.pages import INDEX, MYTHS, NF4, PLAYS_WITH_NF4, Place, beside, index_body, lesson_body, page
 from minilora.course.book.prose import Prose
 from minilora.course.lesson import Lesson, lesson_paths, lessons_folder, read_lesson
 from minilora.course.map import read_map
@@ -69,7 +69,8 @@ def _book(source: Path, lessons: Sequence[Lesson], results: Callable[[Lesson], S
     for at, (place, body) in enumerate(zip(places, bodies, strict=True)):
         made[place.file] = page(place.title, body, places[at - 1] if at else None,
                                 places[at + 1] if at + 1 < len(places) else None)
-    made[NF4] = page(TITLES[NF4], Markup(beside("nf4.html")), places[5], places[6], script())
+    before, after = (places[number] for number in PLAYS_WITH_NF4[-2:])      # a lesson's number is its place: the index has 0
+    made[NF4] = page(TITLES[NF4], Markup(beside("nf4.html")), before, after, script())
     return made
 
 
