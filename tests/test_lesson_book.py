@@ -206,6 +206,8 @@ def test_a_letter_alone_is_a_variable_and_a_word_is_not() -> None:
 def test_equations_stand_in_the_columns_in_which_they_were_written() -> None:
     assert 'class="equation columns-2"' in equation("a = b     c = d\ne = f     g")
     assert equation("a = b     c = d\nlonger, one column").count('class="last"') == 1
+    assert 'class="equation"' in equation("a = b     c = d     e = f     g = h"), "a single line is broken where it must be"
+    assert equation("a   b   c   d   e\nf = g").count("<span>") == 2
 
 
 @pytest.mark.parametrize(("text", "html"), [
@@ -213,7 +215,8 @@ def test_equations_stand_in_the_columns_in_which_they_were_written() -> None:
     ("two `<s>` and <s>", "two <code>&lt;s&gt;</code> and &lt;s&gt;"),
     ("[thirty-two](MYTHS.md)", '<a href="myths.html">thirty-two</a>'),
     ("    minilora check 6", '<pre class="command">minilora check 6</pre>'),
-    ("    y = 2", "<var>y</var> = 2"),
+    ("    y = 2", "<var>y</var> = 2"), ("    g ← g / N", "<var>g</var> ← "),
+    ("    torchrun -m minilora train --lr=2", '<pre class="command">torchrun'),
     ("| a |\n| --- |\n| b |", '<div class="scroll"><table>')])
 def test_markdown_becomes_html_with_the_book_s_own_links(text: str, html: str) -> None:
     assert html in PROSE.html(text)

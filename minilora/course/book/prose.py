@@ -1,11 +1,12 @@
 """A lesson's text as HTML: Markdown by markdown-it-py, code coloured by Pygments, equations set here.
 
-An indented block of Markdown is a command or an equation.  Equations are written as people type them,
+Equations are indented blocks, written as people type them,
 
     θ ← θ − lr · m̂ / (√v̂ + ε)      m̂ = m / (1 − 0.9ᵗ)
 
 and are set in the browser's own fonts, so that no library has to be loaded: a letter that stands alone is a variable, in
-italics, and what three spaces or more keep apart are columns, which a phone shows one under the other.
+italics, and what three spaces or more keep apart are columns, which a phone shows one under the other.  An indented block in
+which nothing stands in relation to anything is a command.
 """
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ try:
 except ModuleNotFoundError as missing:
     raise ConfigError(f"the book of lessons needs {missing.name}: pip install -e '.[book]'") from None
 
-COMMANDS = ("minilora ", "python ", "pip ", "scripts/", "source ")      # an indented block that begins so is for the terminal
+RELATION = re.compile(r" [=←≈≤≥∝↦] ")           # an indented block without one is for the terminal
 COLUMNS = re.compile(r" {3,}")
 NAME = re.compile(r"[^\W\d_]\w*")
+WIDEST = 4                                      # columns that the style knows
 RAISED = "ᵀᵗⁿⁱʳ⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ₜ₀₁₂₃₄₅₆₇₈₉"      # exponents and indices that are characters of their own
 LESSON = re.compile(r"\b([Ll]esson )(\d\d)\b")
 
@@ -61,7 +63,7 @@ class Prose:
 
     def _code_block(self, tokens: Sequence[Any], at: int, options: Any, env: Any) -> str:
         text = tokens[at].content.strip("\n")
-        return command(text) if text.startswith(COMMANDS) else equation(text)
+        return equation(text) if RELATION.search(text) else command(text)
 
     def _fence(self, tokens: Sequence[Any], at: int, options: Any, env: Any) -> str:
         text = tokens[at].content.strip("\n")
@@ -124,9 +126,11 @@ def equation(text: str) -> Markup:
     """An indented block of equations, a line each, in columns."""
     rows = [COLUMNS.split(line.strip()) for line in text.splitlines() if line.strip()]
     width = max(map(len, rows))
+    if width > WIDEST:                  # more than a page has room for: a line is then one piece, as it was written
+        rows, width = [["  ".join(row)] for row in rows], 1
     cells = [tag("span", typeset(cell), class_="last" if index == len(row) - 1 < width - 1 else None)
              for row in rows for index, cell in enumerate(row)]
-    return tag("div", cells, class_=f"equation columns-{width}", role="math", aria_label=" ; ".join(map("  ".join, rows)))
+    return tag("div", cells, class_="equation" + (f" columns-{width}" if len(rows) > 1 else ""), role="math", aria_label=" ; ".join(map("  ".join, rows)))
 
 
 def typeset(text: str) -> Markup:
