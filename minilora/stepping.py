@@ -6,7 +6,7 @@ Pressure: paged optimizer state is what a GPU can do without between two steps. 
 pages are put out and the gradients of the step are computed again, once, with the same dropout: all of them, since a backward
 that stopped half-way has added to some already.
 
-Lessons 14 and 18 explain it.
+Lessons 14, 18 and 19 explain it.
 """
 from __future__ import annotations
 
