@@ -200,14 +200,16 @@ def test_a_letter_alone_is_a_variable_and_a_word_is_not() -> None:
     assert typeset("W + ΔW = x Aᵀ lr ∂L v̂ g² c_N nested_absmax < 3") == (
         "<var>W</var> + Δ<var>W</var> = <var>x</var> <var>A</var>ᵀ lr ∂<var>L</var> <var>v̂</var> <var>g</var>² "
         "<var>c</var><sub>N</sub> nested_absmax &lt; 3")
+    assert typeset("Σ g_p") == "Σ <var>g</var><sub>p</sub>"
     assert typeset("m̂ = m / (1 − 0.9ᵗ)") == "<var>m̂</var> = <var>m</var> / (1 − 0.9ᵗ)"
 
 
 def test_equations_stand_in_the_columns_in_which_they_were_written() -> None:
-    assert 'class="equation columns-2"' in equation("a = b     c = d\ne = f     g")
-    assert equation("a = b     c = d\nlonger, one column").count('class="last"') == 1
-    assert 'class="equation"' in equation("a = b     c = d     e = f     g = h"), "a single line is broken where it must be"
-    assert equation("a   b   c   d   e\nf = g").count("<span>") == 2
+    two = ElementTree.fromstring(equation("a = b     c = d\ne = f     g = h, with more"))
+    assert two.attrib["class"] == "equation aligned"
+    assert [[text_of(cell) for cell in line] for line in two] == [["a = b", "c = d"], ["e = f", "g = h, with more"]]
+    one = ElementTree.fromstring(equation("a = b     c = d     e = f     g = h     i = j"))
+    assert one.attrib["class"] == "equation" and len(one) == 1 and len(one[0]) == 5, "a single line is broken where it must be"
 
 
 @pytest.mark.parametrize(("text", "html"), [
@@ -252,6 +254,14 @@ def test_a_question_whose_answer_has_no_text_after_it_is_folded_as_well(tmp_path
     lesson = write(tmp_path, "# %% [markdown]\n# # 07 · T\n#\n# **Predict.** How many?\n\n# %%\nprint(3)\n")
     body = lesson_body(lesson, Row(7, "T", "07_x.py", (), "–", ()), PROSE, ["", "3\n"], "stub")
     assert re.search(r"<details>.*<samp>3</samp></pre></details>", body)
+
+
+def test_the_answer_ends_where_a_heading_begins_and_not_at_the_number_of_an_issue(tmp_path: Path) -> None:
+    lesson = write(tmp_path, "# %% [markdown]\n# # 07 · T\n#\n# **Predict.** How many?\n\n# %%\nprint(3)\n\n# %% [markdown]\n"
+                             "# Three (peft #137, peft\n# #1142).\n#\n# ## The trap\n#\n# More.\n")
+    body = lesson_body(lesson, Row(7, "T", "07_x.py", (), "–", ()), PROSE, ["", "3\n", ""], "stub")
+    answer, _, rest = body.partition("</details>")
+    assert "#1142)." in answer and "The trap" not in answer and "<h2>The trap</h2>" in rest
 
 
 def test_a_book_is_replaced_by_the_next_and_a_page_whose_lesson_has_another_name_goes(tmp_path: Path) -> None:

@@ -139,10 +139,10 @@ def test_code_is_coloured_and_equations_are_set(book: Path, browser: Browser) ->
     browser.open(book / "11_adam_in_8_bits.html")
     colors = browser.ask("[...new Set([...document.querySelectorAll('.code span')].map(each => getComputedStyle(each).color))]")
     assert len(colors) >= 5
-    tops = browser.ask("[...document.querySelectorAll('.columns-2 span')].map(each => each.getBoundingClientRect().top)")
+    tops = browser.ask("[...document.querySelectorAll('.aligned span')].map(each => each.getBoundingClientRect().top)")
     assert tops[0] == tops[1] < tops[2] == tops[3], "two equations side by side"
     browser.screen(390, touch=True)
-    narrow = browser.ask("[...document.querySelectorAll('.columns-2 span')].map(each => each.getBoundingClientRect().top)")
+    narrow = browser.ask("[...document.querySelectorAll('.aligned span')].map(each => each.getBoundingClientRect().top)")
     assert narrow == sorted(set(narrow)), "and one below the other on a phone"
 
 

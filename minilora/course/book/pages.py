@@ -51,7 +51,7 @@ def page(title: str, body: Child, before: Place | None = None, after: Place | No
                tag("meta", http_equiv="Content-Security-Policy", content="; ".join(allowed)),
                tag("title", title), tag("style", Markup(beside("style.css"))))
     top = tag("nav", tag("a", "minilora: the lessons", href=INDEX), _links(before, after, short=True), class_="top",
-              aria_label="book")
+              aria_label="the book")
     foot = tag("nav", _links(before, after), class_="bottom", aria_label="next and previous page")
     main = tag("main", Markup("\n"), body, Markup("\n"))
     end = tag("script", Markup(script)) if script else None
@@ -100,7 +100,7 @@ def _without_question(text: str) -> tuple[str, str]:
 
 
 def _up_to_heading(text: str) -> tuple[str, str]:
-    found = re.search(r"^#", text, re.MULTILINE)
+    found = re.search(r"^#+ ", text, re.MULTILINE)
     at = len(text) if found is None else found.start()
     return text[:at], text[at:]
 

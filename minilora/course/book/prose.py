@@ -32,7 +32,6 @@ except ModuleNotFoundError as missing:
 RELATION = re.compile(r" [=←≈≤≥∝↦] ")           # an indented block without one is for the terminal
 COLUMNS = re.compile(r" {3,}")
 NAME = re.compile(r"[^\W\d_]\w*")
-WIDEST = 4                                      # columns that the style knows
 RAISED = "ᵀᵗⁿⁱʳ⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ₜ₀₁₂₃₄₅₆₇₈₉"      # exponents and indices that are characters of their own
 LESSON = re.compile(r"\b([Ll]esson )(\d\d)\b")
 
@@ -125,12 +124,9 @@ def printed(text: str) -> Markup:
 def equation(text: str) -> Markup:
     """An indented block of equations, a line each, in columns."""
     rows = [COLUMNS.split(line.strip()) for line in text.splitlines() if line.strip()]
-    width = max(map(len, rows))
-    if width > WIDEST:                  # more than a page has room for: a line is then one piece, as it was written
-        rows, width = [["  ".join(row)] for row in rows], 1
-    cells = [tag("span", typeset(cell), class_="last" if index == len(row) - 1 < width - 1 else None)
-             for row in rows for index, cell in enumerate(row)]
-    return tag("div", cells, class_="equation" + (f" columns-{width}" if len(rows) > 1 else ""), role="math", aria_label=" ; ".join(map("  ".join, rows)))
+    lines = [tag("div", [tag("span", typeset(cell)) for cell in row], class_="line") for row in rows]
+    return tag("div", lines, class_="equation" if len(rows) == 1 else "equation aligned", role="math",
+               aria_label="; ".join(map(", ".join, rows)))
 
 
 def typeset(text: str) -> Markup:
@@ -148,8 +144,10 @@ def typeset(text: str) -> Markup:
 
 
 def _name(word: str) -> Markup:
-    """A name: Δ and ∂ stand upright before it, exponents behind it."""
-    sign = word[0] if word[0] in "Δ" and len(word) > 1 else ""
+    """A name: Δ stands upright before it, exponents behind it; Σ is no name."""
+    if word == "Σ":
+        return escape(word)
+    sign = word[0] if word[0] == "Δ" and len(word) > 1 else ""
     base, _, index = word[len(sign) :].partition("_")
     letters = base.rstrip(RAISED)
     alone = sum(not unicodedata.combining(character) for character in letters) == 1
