@@ -296,6 +296,21 @@ def test_what_it_gives_to_try_comes_out_as_it_says(browser: Browser) -> None:
     assert sum(heights[:7]) < 0.01 * sum(heights), "the half of the table below zero is wasted"
 
 
+@pytest.mark.parametrize("width", [1280, 390, 320])
+@pytest.mark.parametrize("settings", [{}, {"outlier": 10, "spread": 3, "mean": 3}, {"outlier": -10, "mean": -3, "spread": 0.1}])
+def test_every_word_of_a_picture_lies_inside_it(browser: Browser, width: int, settings: dict[str, float]) -> None:
+    browser.screen(width, touch=width < 500)
+    for name, value in settings.items():
+        browser.ask(f"set('{name}', {value})")
+    browser.settle()
+    words = browser.ask("[...document.querySelectorAll('svg text')].map(each => { const word = each.getBoundingClientRect(), "
+                        "all = each.closest('svg').getBoundingClientRect(); return [each.textContent, word.left - all.left, "
+                        "all.right - word.right, word.top - all.top, all.bottom - word.bottom]; })")
+    assert len(words) > 30 and [word for word, *room in words if min(room) < -1] == []
+    labels = browser.ask("[...document.querySelectorAll('#codes .middle')].map(each => each.textContent)")
+    assert labels == [str(code) for code in range(16)]
+
+
 def test_letters_keep_their_size_when_the_window_becomes_narrow(browser: Browser, tmp_path: Path) -> None:
     browser.screen(390, touch=True)
     browser.settle()

@@ -33,7 +33,7 @@ function currentWeights({mean, spread, outlier}) {
 function draw(name, attributes = {}, text = "") {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  if (text) element.textContent = text;
+  element.textContent = text;
   return element;
 }
 
@@ -85,6 +85,9 @@ function place(svg, name, x, y) {
     svg.append(handle);
   }
   handle.setAttribute("transform", `translate(${x} ${y})`);
+  const left = x > svg.viewBox.baseVal.width - 70;              // no room for the name on the right
+  handle.lastChild.setAttribute("x", left ? -14 : 14);
+  handle.lastChild.setAttribute("class", left ? "tick end" : "tick");
 }
 
 function drawCodes(now, block) {
