@@ -6,6 +6,8 @@ whose kidneys fail.  Names are read word by word; those that say none of this (a
 Errors are weighed by what they would do (`COSTS`).  An error costs as much as the worst thing that is wrong with it:
 
     clinical cost = mean over rows of  max over what differs of its cost,          0 for a right answer
+
+Lesson 15 explains it.
 """
 from __future__ import annotations
 

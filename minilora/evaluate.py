@@ -7,6 +7,8 @@ and beside the pairs of labels that it calls close although their names say some
 
 Two labels are the same answer when `metrics.normalize_label` makes them equal.  Scores hold no note, and what
 a model wrote freely, which may repeat one, is in no table here unless it is a known label.
+
+Lesson 15 explains it.
 """
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The loss of fine-tuning: −log p of the label's tokens, given the prompt and the tokens before them.
 
 Summed, not averaged: whoever takes a step knows over how many tokens of how many micro-batches the mean goes.
+
+Lesson 10 explains it.
 """
 from __future__ import annotations
 

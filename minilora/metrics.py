@@ -10,6 +10,8 @@ The bootstrap draws n rows with replacement.  The counts of pairs in such a draw
 thousand draws are one (1000, U) matrix and no row is touched again (Efron & Tibshirani 1993, chapter 13: percentile
 intervals).  What it cannot know: of n right answers out of n it makes the interval [1, 1], though the true rate may well
 be 1 − 3/n.
+
+Lesson 15 explains it.
 """
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ Rate: linear warm-up, then a cosine to zero; LoRA+ (arXiv 2402.12354) trains B f
 Pressure: paged optimizer state is what a GPU can do without between two steps.  Where forward or backward finds no memory, its
 pages are put out and the gradients of the step are computed again, once, with the same dropout: all of them, since a backward
 that stopped half-way has added to some already.
+
+Lessons 14, 18 and 19 explain it.
 """
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ transformers issues 34191, 35203).  The prompt carries no loss, and logits are c
 
 Rate: linear warm-up, then a cosine to zero.  Base: frozen, 4-bit or dense.  Adapters, gradients and moments: float32.
 With ``tune = "full"`` there are no adapters: all weights are float32 and trained.
+
+Lesson 14 explains it.
 """
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ after the prompt are exactly those that greedy decoding, the label trie and a se
 training is the joint at inference.
 
 Trap: BOS comes from the tokenizer alone.  "<s>" written into a template is one more, and a model never saw two.
+
+Lesson 10 explains it.
 """
 from __future__ import annotations
 

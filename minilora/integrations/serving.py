@@ -9,6 +9,8 @@ gigabytes that the hub has.  Loading it elsewhere, the base can be named anew:
     out    prediction (string), probability (double), runner_up (string), error (string)
 
 minilora has to be installed where it is loaded; no code is in the model but `served_model.py`, which names this class.
+
+Lesson 19 explains it.
 """
 import os
 import shutil

@@ -9,6 +9,8 @@ type, so it is the single process's, whatever the partitions (tests/test_spark.p
 
 The base should be a 4-bit folder (`minilora quantize`), or each worker quantizes it anew.  Workers of one machine divide its
 cores: each gets `threads` of torch's.
+
+Lesson 19 explains it.
 """
 from __future__ import annotations
 

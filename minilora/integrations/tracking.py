@@ -10,6 +10,8 @@ reach, a training that was killed and one that was resumed lose nothing, and no 
     model card, settings, label set, report     artifacts
 
 Nothing of a note is sent: not the data, not a prediction, and the report is the one without texts.
+
+Lesson 19 explains it.
 """
 from __future__ import annotations
 

@@ -11,6 +11,8 @@
 //
 // 2 · COUNT weights make two registers, `even` (by the high nibbles) and `odd` (by the low ones).  Putting them in order would
 // cost more than looking them up, so x is split the same way instead, once a call (`arrange`).
+//
+// Lesson 17 explains it.
 
 #include "dense_rows.h"
 #include "nf4_quantize.h"

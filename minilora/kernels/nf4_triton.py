@@ -22,6 +22,8 @@ are no warps, in Triton's interpreter and on other makers' GPUs, the table is ga
 
 Shapes: A rows of W, G runs in each, R elements in a run, V = R / 8 words, P = R / 2 bytes; M rows of x, K features of y, S
 features of x.
+
+Lesson 17 explains it.
 """
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ DoRA (arXiv 2402.09353, section 4) trains a length for each output row beside th
 The layer asks nothing of the base but to be callable and, for DoRA and merging, to tell its weight: a ``weight``
 parameter, or ``dense_weight()`` where the weight is stored some other way.  A base that can (``adds_in_place``) is given the
 update, to add its product to (``add_to``).
+
+Lessons 02, 03 and 18 explain it.
 """
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ Training saw Ŵ + ΔW, where Ŵ is the dequantized base.  Three merges are in us
     back into 4 bits                               Q(Ŵ + ΔW)  rounding eats updates smaller than half a level
 
 Each merge measures itself against Ŵ + ΔW, layer by layer, so that a user sees which model is being shipped.
+
+Lesson 16 explains it.
 """
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ tensor, which is alive anyway, and pays for a second rebuild instead.
 
 Ŵ is rebuilt in one of two places: for a few rows of x in registers, without ever being written to memory (`fused`), for
 more in the buffer that all layers share (`scratch`), where torch's own product reads it.
+
+Lesson 07 explains it.
 """
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ time.  So every thread keeps one buffer for each device, as large as its largest
 
 Trap: what `borrow` returns is overwritten by the next call.  It must not be saved for backward, returned, or be a view of
 anything that is; `layers.nf4_linear` uses it within one product (tests/layers/test_scratch.py).
+
+Lessons 07 and 17 explain it.
 """
 from __future__ import annotations
 

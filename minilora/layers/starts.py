@@ -11,6 +11,8 @@ U √S, A from √S Vᵀ.  Both starts change what lies under the adapter, so th
 (`minilora.own_base`).
 
 Sources: PiSSA, arXiv 2404.02948, equations 2 to 4 and section 4; LoftQ, arXiv 2310.08659, algorithm 1.
+
+Lessons 02 and 18 explain it.
 """
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ while the next is being read.  A 7B model passes from 13.5 GB on disk into 3.9 G
 
 Quantized are the linears of the blocks (q, k, v, o, gate, up, down); embeddings, norms and the head stay 16-bit, as in
 the paper's implementation.  The weights are quantized from the values in the file, not from a 16-bit rounding of them.
+
+Lesson 09 explains it.
 """
 from __future__ import annotations
 

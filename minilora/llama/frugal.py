@@ -11,6 +11,8 @@ on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass,
     rotation    cosines and sines, which all layers share           its backward is the rotation back
     attention   q, k, v in 16 bits, what it gives, log Σ exp        instead of q, k, v in 32
                 (what vector code gives is 16-bit too, and is what the projection behind it keeps anyway)
+
+Lesson 08 explains it.
 """
 from __future__ import annotations
 

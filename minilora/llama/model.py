@@ -9,6 +9,8 @@
 
 The model knows nothing of quantization or LoRA: its linears are modules that are called, and others replace them.
 Source: Llama (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral (2310.06825), Qwen2 (2407.10671).
+
+Lesson 08 explains it.
 """
 from __future__ import annotations
 

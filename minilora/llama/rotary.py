@@ -8,6 +8,8 @@ checkpoints in Hugging Face's layout have their rows permuted to match.
 
 "llama3" scaling (Llama 3.1) leaves short wavelengths alone, divides the frequency of long ones by `factor`, and blends in
 between; "linear" divides all.
+
+Lesson 08 explains it.
 """
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ page it touched as this process's memory, and a 13 GB checkpoint must pass throu
 reason: the library's `save_file` wants all tensors at once.
 
 Source: the format's description at github.com/huggingface/safetensors.
+
+Lesson 09 explains it.
 """
 from __future__ import annotations
 

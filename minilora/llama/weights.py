@@ -5,6 +5,8 @@
 
 `WeightFiles` knows every key, shape and type before any data is read, so a folder that does not fit is refused before it
 takes memory.  The order of an index file means nothing: tensors are found by key.
+
+Lesson 09 explains it.
 """
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ is that of ``torch.optim.AdamW(foreach=False, fused=False)``: float32 results ar
 
 The moments take 8 bytes a parameter.  In 8 bits (arXiv 2110.02861) they take 2, and a constant for every 256 of them: by the
 dynamic map, signed for m and unsigned for v, whose levels are dense near zero, where moments are most of the time.
+
+Lesson 11 explains it.
 """
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ what moves when.  Here the moves are the program's own: the same on any device, 
 
 The file is not mapped into memory but read and written by position: a full disk or a file cut short is then an error that
 can be caught, where a mapping ends the process (SIGBUS).  It has no name, so it disappears with the process, however that ends.
+
+Lesson 12 explains it.
 """
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ pages, and updates of each parameter the elements whose moments lie there.
 Parameters follow one another without gaps, small ones share a page, large ones span many; in 8 bits each begins a block of
 its own.  Every step turns the order round (`in_order`).  The result does not depend on pages, budget or backing: float32
 parameters equal ``torch.optim.AdamW(foreach=False, fused=False)`` to the bit.
+
+Lesson 12 explains it.
 """
 from __future__ import annotations
 

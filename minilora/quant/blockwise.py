@@ -3,6 +3,8 @@
 One outlier ruins the scale of everything that shares it.  Cut into blocks, a tensor has many scales and an outlier spoils
 only its own block (QLoRA section 2, "Block-wise k-bit Quantization"; 8-bit optimizers section 1.2).  The price is one
 constant a block: 32 / S bits per element.
+
+Lesson 04 explains it.
 """
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ The stored values are the float32 ones that bitsandbytes ships; `derive_nf4` re-
 **8-bit dynamic map** (8-bit optimizers, arXiv 2110.02861, section 1.3): a sign, then a unary exponent of base ten, and
 what bits remain are a linear fraction: many levels near ±1, ever coarser decades towards zero.  QLoRA's double
 quantization uses it for the block constants; the 8-bit optimizer state uses it for its moments.
+
+Lesson 05 explains it.
 """
 from __future__ import annotations
 

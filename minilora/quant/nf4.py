@@ -12,6 +12,8 @@ are all positive, so their mean is subtracted first and a signed 8-bit map is us
 
 bitsandbytes spreads the same algorithm over seven backends; this file and `kernels/reference.py` are all of it, and
 tests/peers hold the two equal to the bit (its CPU build's own deviations are written down there).
+
+Lessons 05 and 06 explain it.
 """
 from __future__ import annotations
 
