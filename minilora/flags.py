@@ -107,6 +107,9 @@ def predict_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spark", action="store_true",
                         help="by PySpark on this machine (extra [spark], Java 17): --out is a folder of such tables")
     parser.add_argument("--workers", type=int, metavar="N", help="Python processes of --spark (default: one a core)")
+    parser.add_argument("--audit", metavar="FILE",
+                        help="log that gets a line on this run: who, when, which model, how many rows, no text (default: "
+                             "predictions-audit.jsonl beside --out; none for a --note)")
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:

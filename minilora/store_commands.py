@@ -5,7 +5,9 @@ import argparse
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from minilora.audit_log import Asked, audited
 from minilora.errors import ConfigError
+from minilora.files import check_output
 
 if TYPE_CHECKING:
     from minilora.integrations.tracking import Store
@@ -52,13 +54,15 @@ def send_scores(args: argparse.Namespace) -> None:
         track_scores(args.adapter or args.model, args.out, _store(args))
 
 
-def predict_by_spark(args: argparse.Namespace) -> None:
+def predict_by_spark(args: argparse.Namespace, asked: Asked) -> None:
     """`minilora predict --spark`."""
     if args.resume:
         raise ConfigError("--resume goes on with one file; Spark tries its own tasks again, and writes a folder anew")
     from minilora.integrations.spark import Labelling, predict_files
     how = Labelling(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device, args.dtype,
                     args.max_length, args.pad_vocab, args.input_column)
-    rows = predict_files(args.data, args.out, how, args.workers, args.overwrite)
+    check_output(args.out, args.overwrite)
+    with audited(asked, args.audit) as tally:
+        rows = predict_files(args.data, args.out, how, args.workers, args.overwrite, tally)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")

@@ -59,11 +59,15 @@ def compare(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """`minilora predict`."""
+    from minilora.audit_log import Asked, audited
     from minilora.predict import check_tables, predict_table
+    asked = Asked(args.model, args.adapter, args.labels, data=args.data, out=args.out, resume=args.resume, spark=args.spark)
     if args.note is not None:
         if args.out or args.resume:
             raise ConfigError(f"--{'out' if args.out else 'resume'} goes with --data; the label of a --note is printed")
-        answer, = _predictor(args).predict([args.note])
+        with audited(asked, args.audit) as tally:
+            answer, = _predictor(args).predict([args.note])
+            tally.count([answer.error])
         if answer.error:
             raise ConfigError(f"--note: {answer.error}")
         print(answer.label)
@@ -73,9 +77,11 @@ def predict(args: argparse.Namespace) -> None:
     if not args.out:
         raise ConfigError("--data needs --out: the table to write the predictions to")
     if args.spark:
-        predict_by_spark(args)
+        predict_by_spark(args, asked)
         return
     check_tables(args.data, args.out, args.input_column, args.overwrite, args.resume)     # before the model is loaded
-    rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume)
+    with audited(asked, args.audit) as tally:
+        rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume,
+                             tally)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")

@@ -19,10 +19,11 @@ import pytest
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: it comes with the extra [mlflow]")
 
 from minilora import TrainConfig, train  # noqa: E402
+from minilora.audit_log import model_digest  # noqa: E402
 from minilora.cli import main  # noqa: E402
 from minilora.errors import ConfigError, OutputError, StoppedError  # noqa: E402
 from minilora.integrations import tracking  # noqa: E402
-from minilora.integrations.serving import EXAMPLE, register  # noqa: E402
+from minilora.integrations.serving import DIGEST_TAG, EXAMPLE, register  # noqa: E402
 from minilora.integrations.tracking import STATE_FILE, Store, follow, read_state, sync, track, track_scores  # noqa: E402
 from tests.notes import LABELS, SECRET, notes, write_csv  # noqa: E402
 from tests.runs import metrics_lines, write_run  # noqa: E402
@@ -161,6 +162,8 @@ def test_a_model_is_trained_registered_and_loaded_in_a_fresh_process(tmp_path: P
     kept = {path.name for path in (model_folder.parent / "artifacts" / "run").iterdir()}
     assert {"adapter_model.safetensors", "tokenizer.json", "labels.txt"} <= kept
     assert not kept & {"metrics.jsonl", "checkpoints", "predictions.csv", STATE_FILE}
+    version = Store(uri).client().get_model_version_by_alias("protocols", "champion")
+    assert version.tags[DIGEST_TAG] == model_digest(tmp_path / "run"), "a line of the audit log leads to a version"
     done = subprocess.run([sys.executable, "-c", LOADED, uri, EXAMPLE], capture_output=True, text=True, env=ELSEWHERE)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads(done.stdout)

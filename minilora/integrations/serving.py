@@ -24,6 +24,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from minilora.adapters import EXTRA_FILE
+from minilora.audit_log import model_digest
 from minilora.config import read_toml
 from minilora.errors import ConfigError
 from minilora.integrations.tracking import Store, or_one_line, read_state, track
@@ -36,6 +37,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # By name, as a run folder may also hold evaluations, and those the notes.
 SERVED = (*ADAPTER_FILES, EXTRA_FILE, "labels.txt", "README.md", CONFIG_FILE, OWN_BASE, "tokenizer.json", "tokenizer.model",
           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+DIGEST_TAG = "files_sha256"
 FULLY_TUNED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 EXAMPLE = "History: fall from a ladder. Diagnosis: concern for fracture of the wrist."        # of nobody
 SIGNATURE = ModelSignature(
@@ -125,6 +127,8 @@ def register(out: "str | Path", store: Store, name: str, alias: "str | None" = N
             signature=SIGNATURE, input_example=pd.DataFrame({"note": [EXAMPLE]}), pip_requirements=["minilora", "pandas"],
             metadata={"base_model": base}, registered_model_name=name)
         version = int(logged.registered_model_version)
+        # What the audit log of `predict` says of the run folder, so that a line there leads to a version here.
+        store.client().set_model_version_tag(name, str(version), DIGEST_TAG, model_digest(staged))
         if alias:
             store.client().set_registered_model_alias(name, alias, str(version))
     return version

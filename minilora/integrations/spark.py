@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minilora.audit_log import Tally
 from minilora.data.formats import table_format
 from minilora.data.table_writer import added_columns
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
@@ -130,19 +131,22 @@ def local_session(workers: int | None = None) -> SparkSession:
 
 
 def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None,
-                  overwrite: bool = False) -> int:
+                  overwrite: bool = False, tally: Tally | None = None) -> int:
     """Label a table with Spark on this machine.
 
     Args:
         data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix; owner-only.
+        tally: gets the rows, once they are counted in what was written.
 
     Returns: rows written.
     Raises: ConfigError, DataError, OutputError: as `predict_table`; MiniloraError: a worker failed.
     """
+    if tally is not None:               # a run that fails leaves no file in which to count
+        tally.rows_read = tally.rows_predicted = tally.rows_in_error = None
     check_output(out, overwrite)
     written, how_written = SPARKS[table_format(Path(out), None, OutputError)]
     spark = local_session(workers)
-    from pyspark.sql.functions import monotonically_increasing_id
+    from pyspark.sql.functions import count, lit, monotonically_increasing_id
 
     cores = workers or os.cpu_count() or 1
     if not how.threads:
@@ -154,7 +158,10 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
         numbered = table.withColumn(row, monotonically_increasing_id()).repartitionByRange(cores, row).sortWithinPartitions(row)
         labelled = predict(numbered.drop(row), how)
         labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error").save(str(out))
-        return int(spark.read.format(written).options(**how_written).load(str(out)).count())
+        found = spark.read.format(written).options(**how_written).load(str(out)).agg(count(lit(1)), count("error")).collect()[0]
+        if tally is not None:
+            tally.rows_read, tally.rows_predicted, tally.rows_in_error = found[0], found[0] - found[1], found[1]
+        return int(found[0])
     except MiniloraError:
         raise
     except Exception as error:          # Spark's text is a page of Java; its first line that is ours says what was wrong
