@@ -145,6 +145,17 @@ def _append(descriptor: int, path: Path, record: dict[str, Any]) -> None:
         raise OutputError(f"cannot write the audit log {path}: {disk_reason(error)}; its line is missing") from None
 
 
+def labelled_by(table: Path) -> dict[str, Any] | None:
+    """The line on the run that wrote a table, from the log beside it; None where there is none on these very bytes."""
+    log, digest = table.absolute().with_name(FILE), digest_of(table)
+    for text in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []):
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and digest is not None and line.get("output_sha256") == digest:
+                return line
+    return None
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
@@ -176,7 +187,8 @@ def audited(asked: Asked, log: str | Path | None) -> Iterator[Tally]:
                               "error": None, "model": asked.model, "model_sha256": None}
     try:
         try:
-            record |= {"adapter": _absolute(asked.adapter), "adapter_sha256": None, "labels_sha256": None,
+            fetched = asked.registered is not None          # into a folder that is gone at the end
+            record |= {"adapter": None if fetched else _absolute(asked.adapter), "adapter_sha256": None, "labels_sha256": None,
                        "registered": asked.registered, "version": asked.version, "input": _absolute(asked.data),
                        "input_sha256": None, "output": _absolute(asked.out), "output_sha256": None, "resumed": asked.resume,
                        "spark": asked.spark}
