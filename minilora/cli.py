@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
                           "say whether one evaluation's answers are better than another's, or only luckier"))
 
     sub = command("predict", task_commands.predict, "label one note, or a table of them")
-    model_flags(sub)
+    model_flags(sub, registry=True)
     answer_flags(sub)
     predict_flags(sub)
     out_flags(sub)

@@ -82,12 +82,13 @@ def compare_answers(ours: NDArray[np.bool_], other: NDArray[np.bool_], seed: int
 
 
 def predictions_file(path: str | Path) -> Path:
-    """The table of predictions that a path means: itself, that of an evaluation's folder, or of the only one in a run folder.
+    """The table of predictions that a path means: itself, be it a file or a folder that Spark wrote, that of an evaluation's
+    folder, or of the only one in a run folder.
 
     Raises: DataError: none there, or several.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or any(path.glob("part-*")):
         return path
     if (path / PREDICTIONS_FILE).is_file():
         return path / PREDICTIONS_FILE

@@ -101,7 +101,7 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
                    on_layer=measured)
     if wide:
         loaded.to(dtype)        # embeddings, norms and head
-    with new_folder(out, overwrite, MARKER) as temporary:
+    with new_folder(out, overwrite, MARKER, mode=0o700) as temporary:
         if into == "4bit":
             save_quantized(loaded, temporary)
         else:

@@ -110,6 +110,7 @@ class Scored:
         model: as it was named; a folder by its last part. adapter: SHA-256 of adapter_model.safetensors, None without one.
         weights: hash of the model in memory (`fingerprint`). data, train: SHA-256 of the tables. embedder: of the cosines.
         labels: that could be answered; None where answers were written freely. version: of minilora.
+        answers: SHA-256 of the table that the answers were taken from, None where the model was asked.
     """
 
     model: str
@@ -120,6 +121,7 @@ class Scored:
     labels: int | None
     version: str
     train: str | None = None
+    answers: str | None = None
 
 
 @dataclass(frozen=True)

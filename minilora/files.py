@@ -130,8 +130,10 @@ def clear_leftovers(folder: Path, keep: str = "") -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = "") -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = "", mode: int = 0o755) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name on success and is removed on failure.
+
+    Args: mode: permission bits of the result (0o700 for what was made from notes); until then it is its owner's alone.
 
     Raises:
         OutputError: as `check_output`; or the disk refuses.
@@ -145,7 +147,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: st
         raise OutputError(f"cannot create {final}: {error.strerror or error}") from error
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
+        os.chmod(temporary, mode)
         for inner in (*temporary.rglob("*"), temporary):     # Trap: a folder's entries are data as well
             sync_folder(inner) if inner.is_dir() else sync_file(inner)
         if final.exists():

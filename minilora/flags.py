@@ -46,9 +46,10 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, **options)
 
 
-def model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False) -> None:
+def model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False, registry: bool = False) -> None:
     """Which model, with which adapter, where."""
-    parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id (or ID@REVISION)")
+    parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id (or ID@REVISION)"
+                                                       + (", or one from a registry (models:/NAME@ALIAS)" if registry else ""))
     parser.add_argument("--adapter", required=adapter_required, help="run folder, or any PEFT adapter")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
@@ -83,6 +84,9 @@ def score_flags(parser: argparse.ArgumentParser) -> None:
                              "run's own, where it still lies)")
     parser.add_argument("--baseline", action="store_true",
                         help="train a bag of words on that table and score it beside the model (extra [baseline])")
+    parser.add_argument("--answers", metavar="TABLE",
+                        help="score the answers in this table, which predict wrote (a file, or Spark's folder), instead of "
+                             "asking the model again")
     parser.add_argument("--against", nargs="+", default=[], metavar="SCORES",
                         help="other evaluations of this table: folders that evaluate wrote, or tables of predictions")
 
@@ -107,6 +111,12 @@ def predict_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spark", action="store_true",
                         help="by PySpark on this machine (extra [spark], Java 17): --out is a folder of such tables")
     parser.add_argument("--workers", type=int, metavar="N", help="Python processes of --spark (default: one a core)")
+    parser.add_argument("--mlflow", metavar="URI", default=None,
+                        help="store of a --model models:/NAME@ALIAS or models:/NAME/VERSION (default: sqlite:///mlflow.db)")
+    parser.add_argument("--registry", metavar="URI", help="the registry, where it is not that store (databricks-uc)")
+    parser.add_argument("--audit", metavar="FILE",
+                        help="log that gets a line on this run: who, when, which model, how many rows, no text (default: "
+                             "predictions-audit.jsonl beside --out; none for a --note)")
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from tqdm import tqdm
 
 from minilora.adapters import EXTRA_FILE, base_quantization, read_adapter_config, read_extra
+from minilora.audit_log import Tally
 from minilora.data.formats import table_format
 from minilora.data.prompts import (
     DEFAULT_TEMPLATE,
@@ -44,6 +45,7 @@ FREE_TOKENS = 48        # longest free answer
 ROWS_AT_ONCE = 512      # of a table: sorted by length among themselves, then written in order
 RANKED = 5              # most probable labels that are kept of each row
 ADDED_COLUMNS = ("prediction", "probability", "error", "runner_up", "runner_up_probability")
+ERROR = ADDED_COLUMNS.index("error")
 Item = TypeVar("Item")
 
 
@@ -190,12 +192,13 @@ def _identity(predictor: Predictor, input_column: str) -> str:
 
 
 def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input_column: str, overwrite: bool = False,
-                  quiet: bool = False, resume: bool = False) -> int:
+                  quiet: bool = False, resume: bool = False, tally: Tally | None = None) -> int:
     """Label a table row by row: the input's columns, then `ADDED_COLUMNS`; owner-only, in constant memory.
 
     Args:
         data: CSV, JSONL or Parquet. out: the same formats, by suffix; it appears whole or not at all.
         resume: go on where an earlier call for `out` was interrupted (`journal`), if one was.
+        tally: counts the rows, also of a call that fails.
 
     Returns: rows written.
     Raises: DataError, OutputError, ConfigError. What was answered until then is kept for `resume`.
@@ -216,6 +219,8 @@ def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input
                 for row, answer in zip(chunk, answers, strict=True):
                     writer.write({**row.values, **dict(zip(ADDED_COLUMNS, answer, strict=True))})
                 rows += len(chunk)
+                if tally is not None:
+                    tally.count(answer[ERROR] for answer in answers)
                 progress.update(len(chunk))
         except DataError as error:
             if journal.rows:

@@ -1,4 +1,7 @@
-"""A run folder: who may write into it, and the lines that its steps write.
+"""A run folder: who may read it and write into it, and the lines that its steps write.
+
+An adapter is trained on notes, and can in part give them back: a new run's folder is its owner's alone (mode 0700), also
+where it stood there empty.  Whoever shares one changes that, and a run that goes on leaves it.
 
     config.toml  labels.txt  metrics.jsonl  tokenizer files  README.md (model card)
     adapter_config.json  adapter_model.safetensors  minilora.json          written when training ends; after full tuning
@@ -47,7 +50,7 @@ def open_run(folder: Path, resume: bool, overwrite: bool) -> FolderLock:
     """
     check_run(folder, resume, overwrite)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create the run folder {folder}: {error.strerror or error}") from None
     lock = FolderLock(folder)
@@ -56,6 +59,7 @@ def open_run(folder: Path, resume: bool, overwrite: bool) -> FolderLock:
             clear_leftovers(folder, keep=LOCK_FILE)
         else:
             check_output(folder, overwrite, marker=CONFIG_FILE)     # once more: another run may have come and gone
+            folder.chmod(0o700)
             _clear(folder)
     except OSError as error:
         lock.release()

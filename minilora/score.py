@@ -11,10 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilora.adapters import WEIGHTS_FILE
+from minilora.audit_log import FILE as AUDIT_FILE
+from minilora.audit_log import digest_of, labelled_by, model_digest
 from minilora.baseline import NAME, bag_of_words, require_baseline
 from minilora.bert import BertEmbedder, find_bert
 from minilora.card import file_sha256
-from minilora.compare import aligned_predictions, predictions_file
+from minilora.compare import aligned_predictions, predictions_file, read_rows
 from minilora.config import read_toml
 from minilora.data.tables import Row, Table, added_columns, iter_table, read_table
 from minilora.duplicates import Twins, find_twins
@@ -38,6 +40,7 @@ class Beside:
         embedder: for cosine similarity, None for the base model itself; embedder_name: as it was asked for.
         train: rows of the table that the model was trained on, labelled if a baseline is trained on them.
         others: answers of other methods to the same rows, by name.
+        answers: the model's own, given already, and the file they are from; without them it is asked.
     """
 
     embedder: Embedder | None = None
@@ -46,6 +49,8 @@ class Beside:
     train: list[Row] = field(default_factory=list)
     baseline: bool = False
     others: Mapping[str, list[str]] = field(default_factory=dict)
+    answers_file: Path | None = None
+    answers: list[Prediction] = field(default_factory=list)
 
 
 def predict_all(predictor: Predictor, notes: Sequence[str], quiet: bool = False) -> list[Prediction]:
@@ -124,6 +129,30 @@ def read_beside(table: Table, embedder: str = BASE, train: tuple[Path, str, str]
                   baseline, others)
 
 
+def read_answers(path: str | Path, table: Table, adapter: str | Path | None) -> list[Prediction]:
+    """The answers of a table that `predict` wrote, a file or Spark's folder, to the rows of the table that is scored.
+
+    Raises: DataError: it cannot be read, or has other rows. ConfigError: the audit log beside it says that another model
+        than this adapter gave them.
+    """
+    labels = aligned_predictions(path, [row.values for row in table.rows], table.columns)
+    line = labelled_by(predictions_file(path))
+    if line is not None and line.get("adapter_sha256") != (model_digest(Path(adapter)) if adapter is not None else None):
+        raise ConfigError(f"{path} was labelled by another model, says {AUDIT_FILE} beside it (that one: "
+                          f"{line.get('registered') or line.get('adapter') or line.get('model')}); name it with --model and "
+                          "--adapter")
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text) if text else None
+        except ValueError:
+            raise DataError(f"{path}: a probability is no number; name what minilora predict wrote") from None
+
+    return [Prediction(label, number(row.get("probability", "")), row.get("runner_up") or None, row.get("error") or None,
+                       number(row.get("runner_up_probability", "")))
+            for label, row in zip(labels, read_rows(path), strict=True)]
+
+
 def identify(predictor: Predictor, data: str | Path, beside: Beside) -> Scored:
     """What is scored, for metrics.json."""
     adapter = predictor.adapter / WEIGHTS_FILE if predictor.adapter is not None else None
@@ -133,18 +162,20 @@ def identify(predictor: Predictor, data: str | Path, beside: Beside) -> Scored:
         adapter=file_sha256(adapter) if adapter is not None and adapter.is_file() else None,
         weights=fingerprint(predictor.model), data=file_sha256(data), embedder=Path(beside.embedder_name).name,
         labels=None if predictor.labels is None else len(predictor.labels), version=version("minilora"),
-        train=file_sha256(beside.train_file) if beside.train_file is not None else None)
+        train=file_sha256(beside.train_file) if beside.train_file is not None else None,
+        answers=digest_of(beside.answers_file) if beside.answers_file is not None else None)
 
 
 def score_table(predictor: Predictor, data: str | Path, input_column: str, label_column: str, out: str | Path, seed: int = 0,
                 overwrite: bool = False, quiet: bool = False, beside: Beside | None = None) -> Evaluation:
-    """Predict a labelled table and write metrics.json and predictions.csv (owner-only) into a folder.
+    """Predict a labelled table, or take the answers that `beside` has, and write metrics.json and predictions.csv
+    (owner-only) into a folder.
 
     Raises: DataError, OutputError.
     """
     table, beside = read_scored_table(data, input_column, label_column, out, overwrite), beside or Beside()
     notes, references = [row.text for row in table.rows], [row.label or "" for row in table.rows]
-    answers, others = predict_all(predictor, notes, quiet), dict(beside.others)
+    answers, others = beside.answers or predict_all(predictor, notes, quiet), dict(beside.others)
     if beside.baseline:
         others[NAME] = bag_of_words([(row.text, row.label or "") for row in beside.train], notes, seed=seed)[0]
     twins = find_twins(notes, [row.text for row in beside.train]) if beside.train else None

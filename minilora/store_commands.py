@@ -2,20 +2,23 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from minilora.config import TrainConfig
 from minilora.errors import ConfigError
+from minilora.files import check_output
 
 if TYPE_CHECKING:
+    from minilora.audit_log import Asked
     from minilora.integrations.tracking import Store
 
 
 def _store(args: argparse.Namespace) -> Store:
     from minilora.integrations.tracking import Store
-    return Store(args.mlflow or Store.tracking, getattr(args, "registry", None), args.experiment)
+    return Store(args.mlflow or Store.tracking, getattr(args, "registry", None), getattr(args, "experiment", Store.experiment))
 
 
 def followed(args: argparse.Namespace, out: str) -> AbstractContextManager[None]:
@@ -80,13 +83,35 @@ def send_scores(args: argparse.Namespace) -> None:
         track_scores(args.adapter or args.model, args.out, _store(args))
 
 
-def predict_by_spark(args: argparse.Namespace) -> None:
+@contextmanager
+def registered_model(args: argparse.Namespace) -> Iterator[tuple[str | None, str | None]]:
+    """``--model models:/NAME@ALIAS``: fetched for the length of the block, its base and adapter named in `args` instead.
+
+    Yields: name and version in the registry, or None and None for any other model.
+    """
+    if not args.model.startswith("models:/"):
+        if args.registry and not args.mlflow:
+            raise ConfigError("--registry needs --mlflow")
+        yield None, None
+        return
+    if args.adapter:
+        raise ConfigError(f"{args.model} brings its own adapter: leave --adapter out")
+    from minilora.integrations.serving import fetched
+    with fetched(args.model, _store(args)) as found:
+        args.model, args.adapter = found.model, found.adapter
+        yield found.name, found.version
+
+
+def predict_by_spark(args: argparse.Namespace, asked: Asked) -> None:
     """`minilora predict --spark`."""
     if args.resume:
         raise ConfigError("--resume goes on with one file; Spark tries its own tasks again, and writes a folder anew")
+    from minilora.audit_log import audited
     from minilora.integrations.spark import Labelling, predict_files
     how = Labelling(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device, args.dtype,
                     args.max_length, args.pad_vocab, args.input_column)
-    rows = predict_files(args.data, args.out, how, args.workers, args.overwrite)
+    check_output(args.out, args.overwrite)
+    with audited(asked, args.audit) as tally:
+        rows = predict_files(args.data, args.out, how, args.workers, args.overwrite, tally)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")

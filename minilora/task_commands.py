@@ -5,11 +5,15 @@ Whatever can be found wrong without the model is looked for before it is loaded.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.errors import ConfigError
-from minilora.store_commands import predict_by_spark, send_scores
+from minilora.store_commands import predict_by_spark, registered_model, send_scores
+
+if TYPE_CHECKING:
+    from minilora.audit_log import Asked
 
 
 def check(args: argparse.Namespace) -> None:
@@ -36,12 +40,15 @@ def _predictor(args: argparse.Namespace) -> Any:
 def evaluate(args: argparse.Namespace) -> None:
     """`minilora evaluate`."""
     from minilora.card import record_scores
-    from minilora.score import read_beside, read_scored_table, score_table, training_table
+    from minilora.score import read_answers, read_beside, read_scored_table, score_table, training_table
     table = read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
     train = training_table(args.adapter or args.model)
     if args.train:
         train = Path(args.train), args.input_column, args.label_column
     beside = read_beside(table, args.embedder, train, args.baseline, args.against)
+    if args.answers:
+        beside = dataclasses.replace(beside, answers_file=Path(args.answers),
+                                     answers=read_answers(args.answers, table, args.adapter))
     evaluation = score_table(_predictor(args), args.data, args.input_column, args.label_column, args.out, args.seed,
                              args.overwrite, args.quiet, beside)
     record_scores(args.adapter or args.model, args.data, evaluation, args.free)
@@ -59,23 +66,35 @@ def compare(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """`minilora predict`."""
+    from minilora.audit_log import Asked
+    if args.note is None and not args.out:
+        raise ConfigError("--data needs --out: the table to write the predictions to")
+    with registered_model(args) as (name, version):
+        _predict(args, Asked(args.model, args.adapter, args.labels, name, version, args.data, args.out, args.resume,
+                             args.spark))
+
+
+def _predict(args: argparse.Namespace, asked: Asked) -> None:
+    from minilora.audit_log import audited
     from minilora.predict import check_tables, predict_table
     if args.note is not None:
         if args.out or args.resume:
             raise ConfigError(f"--{'out' if args.out else 'resume'} goes with --data; the label of a --note is printed")
-        answer, = _predictor(args).predict([args.note])
+        with audited(asked, args.audit) as tally:
+            answer, = _predictor(args).predict([args.note])
+            tally.count([answer.error])
         if answer.error:
             raise ConfigError(f"--note: {answer.error}")
         print(answer.label)
         if answer.probability is not None and not args.quiet:
             print(f"probability {answer.probability:.3f}" + (f", next {answer.runner_up}" if answer.runner_up else ""))
         return
-    if not args.out:
-        raise ConfigError("--data needs --out: the table to write the predictions to")
     if args.spark:
-        predict_by_spark(args)
+        predict_by_spark(args, asked)
         return
     check_tables(args.data, args.out, args.input_column, args.overwrite, args.resume)     # before the model is loaded
-    rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume)
+    with audited(asked, args.audit) as tally:
+        rows = predict_table(_predictor(args), args.data, args.out, args.input_column, args.overwrite, args.quiet, args.resume,
+                             tally)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")

@@ -218,8 +218,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
                     group["lr"] = rate * relative
                 gradients = compute_gradients(model, batches, optimizer, asked)
                 team.add_up([parameter.grad for parameter in trained_parameters(model).values() if parameter.grad is not None])
-                loss, seen, stops = team.totals(gradients.loss, sum(int(batch.attention_mask.sum()) for batch in batches),
-                                                request.signal is not None)
+                loss, seen = team.totals(gradients.loss, sum(int(batch.attention_mask.sum()) for batch in batches))
                 if gradients.evicted_bytes:
                     warnings.warn(f"step {step}: out of memory; {gradients.evicted_bytes / 1e6:,.1f} MB of optimizer pages "
                                   "were put out, and the step was done again", stacklevel=2)
@@ -245,11 +244,12 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
                         raise MiniloraError(f"step {step}: validation loss {val_loss} on {config.val}; start again with a "
                                             "lower --lr, or with --dtype float32")
                 lock.check()
-                stopping = stops > 0 and step < total
                 if team.leads:
                     position.metrics_bytes = append_metrics(out, line)
-                    if stopping or step == total or (config.save_every and step % config.save_every == 0):
-                        save_checkpoint(out, position, model, optimizer)
+                stopping = team.totals(request.signal is not None) != [0.0] and step < total    # one that is asked stops all
+                due = stopping or step == total or (config.save_every and step % config.save_every == 0)
+                if due and team.leads:
+                    save_checkpoint(out, position, model, optimizer)
                 if stopping:
                     by = request.signal or signal.SIGTERM
                     raise StoppedError(f"stopped by {by.name} after step {step} of {total}; go on with --resume", by)

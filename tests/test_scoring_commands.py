@@ -129,3 +129,38 @@ def test_a_baseline_needs_to_know_what_was_trained_on(world: Path, tmp_path: Pat
              "--out", tmp_path / "s", "--baseline"]
     code, _, err = call(*words)
     assert code == 2 and "name it with --train" in err
+
+
+def test_answers_that_predict_wrote_score_as_the_model_asked_again_does(world: Path, tmp_path: Path, call: Call) -> None:
+    predict = ["predict", "--model", world / "base", "--adapter", world / "run", "--data", world / "test.csv", "--quiet"]
+    assert call(*predict, "--out", tmp_path / "answers.jsonl")[0] == 0
+    (tmp_path / "parts.jsonl").mkdir()
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    for number, part in enumerate((lines[:3], [], lines[3:])):
+        (tmp_path / "parts.jsonl" / f"part-{number}.jsonl").write_text("".join(part))
+    assert call(*evaluate_words(world, tmp_path / "asked"))[0] == 0
+    asked = json.loads((tmp_path / "asked" / "metrics.json").read_text())
+    for name in ("answers.jsonl", "parts.jsonl"):
+        assert call(*evaluate_words(world, tmp_path / f"scores-{name}", "--answers", tmp_path / name))[0] == 0
+        found = json.loads((tmp_path / f"scores-{name}" / "metrics.json").read_text())
+        assert found["scored"].pop("answers") and not asked["scored"].get("answers")
+        assert {**found, "scored": 0, "top_k": 0} == {**asked, "scored": 0, "top_k": 0}, "the table keeps two labels a row"
+    first, second = ((tmp_path / folder / "predictions.csv").read_text() for folder in ("asked", "scores-answers.jsonl"))
+    assert first == second
+
+
+def test_answers_of_another_model_or_another_table_are_refused(world: Path, tmp_path: Path, call: Call) -> None:
+    shutil.copytree(world / "run", tmp_path / "other")
+    (tmp_path / "other" / "labels.txt").write_text("CT Brain\nMR Knee, left\n")
+    predict = ["predict", "--model", world / "base", "--data", world / "test.csv", "--quiet"]
+    assert call(*predict, "--adapter", tmp_path / "other", "--out", tmp_path / "answers.csv")[0] == 0
+    code, _, said = call(*evaluate_words(world, tmp_path / "s", "--answers", tmp_path / "answers.csv"))
+    assert code == 2 and "labelled by another model" in said and str(tmp_path / "other") in said
+    with (tmp_path / "answers.csv").open("a") as file:          # changed since: no line of the log is of these bytes
+        file.write("one more,CT Brain,CT Brain,0.5,,,\n")
+    code, _, said = call(*evaluate_words(world, tmp_path / "s", "--answers", tmp_path / "answers.csv"))
+    assert code == 2 and "5 rows" in said and not (tmp_path / "s").exists()
+    table = (tmp_path / "answers.csv").read_text().replace("one more,CT Brain,CT Brain,0.5,,,\n", "")
+    (tmp_path / "answers.csv").write_text(table.replace(",0.", ",about 0.", 1))
+    code, _, said = call(*evaluate_words(world, tmp_path / "s", "--answers", tmp_path / "answers.csv"))
+    assert code == 2 and "no number" in said

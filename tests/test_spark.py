@@ -1,6 +1,7 @@
 """PySpark on this machine: several workers give the answers of one process, in order, with bad rows kept and tasks retried."""
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ pd = pytest.importorskip("pandas")
 if shutil.which("java") is None:
     pytest.skip("no Java here, on which Spark runs", allow_module_level=True)
 
+from minilora.audit_log import FILE  # noqa: E402
 from minilora.cli import main  # noqa: E402
 from minilora.errors import ConfigError, DataError  # noqa: E402
 from minilora.integrations.spark import Labelling, local_session, predict, predict_files  # noqa: E402
@@ -52,6 +54,11 @@ def test_several_workers_give_the_answers_of_one_process_in_the_tables_order(tmp
     assert ours["error"].tolist().count("empty note") == 1
     differences = [abs(float(a) - float(b)) for a, b in zip(ours["probability"], one["probability"], strict=True) if a != ""]
     assert len(differences) == 100 and max(differences) < 1e-4
+    first, second = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert (first["spark"], second["spark"]) == (True, False) and (tmp_path / "out.csv").stat().st_mode & 0o777 == 0o700
+    for key in ("rows_read", "rows_predicted", "rows_in_error", "input_sha256", "model_sha256", "labels_sha256", "outcome"):
+        assert first[key] == second[key], key
+    assert (first["rows_read"], first["rows_in_error"]) == (101, 1) and first["output_sha256"]
     for path in (tmp_path / "out.csv").iterdir():
         assert path.stat().st_mode & 0o077 == 0, "notes are their owner's alone"
 
@@ -82,6 +89,8 @@ def test_what_cannot_be_labelled_is_said_in_one_line_without_a_note(tmp_path: Pa
         predict_files(data, tmp_path / "a.csv", Labelling("tiny", labels=how.labels, input_column="text"))
     assert main(["predict", "--model", "tiny", "--labels", str(tmp_path / "none.txt"), "--data", str(data), "--out",
                  str(tmp_path / "b.csv"), "--spark", "--workers", "1"]) == 2
+    line, = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert (line["outcome"], line["error"], line["rows_read"]) == ("failed", "MiniloraError", None)
     said = capfd.readouterr().err
     assert "none.txt" in said.splitlines()[-1] and SECRET not in said
 

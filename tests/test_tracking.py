@@ -19,10 +19,11 @@ import pytest
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: it comes with the extra [mlflow]")
 
 from minilora import TrainConfig, train  # noqa: E402
+from minilora.audit_log import FILE, model_digest  # noqa: E402
 from minilora.cli import main  # noqa: E402
 from minilora.errors import ConfigError, OutputError, StoppedError  # noqa: E402
 from minilora.integrations import tracking  # noqa: E402
-from minilora.integrations.serving import EXAMPLE, register  # noqa: E402
+from minilora.integrations.serving import DIGEST_TAG, EXAMPLE, register  # noqa: E402
 from minilora.integrations.tracking import STATE_FILE, Store, follow, read_state, sync, track, track_scores  # noqa: E402
 from tests.notes import LABELS, SECRET, notes, write_csv  # noqa: E402
 from tests.runs import metrics_lines, write_run  # noqa: E402
@@ -161,11 +162,33 @@ def test_a_model_is_trained_registered_and_loaded_in_a_fresh_process(tmp_path: P
     kept = {path.name for path in (model_folder.parent / "artifacts" / "run").iterdir()}
     assert {"adapter_model.safetensors", "tokenizer.json", "labels.txt"} <= kept
     assert not kept & {"metrics.jsonl", "checkpoints", "predictions.csv", STATE_FILE}
+    version = Store(uri).client().get_model_version_by_alias("protocols", "champion")
+    assert version.tags[DIGEST_TAG] == model_digest(tmp_path / "run"), "a line of the audit log leads to a version"
     done = subprocess.run([sys.executable, "-c", LOADED, uri, EXAMPLE], capture_output=True, text=True, env=ELSEWHERE)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads(done.stdout)
     assert answers["prediction"][0] in LABELS and 0 < answers["probability"][0] <= 1 and answers["error"][1] == "empty note"
     assert register(tmp_path / "run", Store(uri), "protocols") == 2
+    model = ["predict", "--mlflow", uri, "--data", str(data), "--quiet", "--model"]
+    for number, reference in enumerate(("models:/protocols@champion", "models:/protocols/2", "tiny")):
+        folder = ["--adapter", str(tmp_path / "run")] if reference == "tiny" else []
+        assert main([*model, reference, *folder, "--out", str(tmp_path / f"{number}.csv")]) == 0
+    first, second, third = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [(line["registered"], line["version"]) for line in (first, second)] == [("protocols", "1"), ("protocols", "2")]
+    for key in ("model", "model_sha256", "adapter_sha256", "output_sha256"):
+        assert first[key] == second[key] == third[key], f"{key}: the registered model is the run's"
+    assert third["registered"] is None and first["adapter"] is None
+
+
+@pytest.mark.parametrize(("reference", "more", "words"), [
+    ("models:/protocols", [], "models:/NAME@ALIAS"), ("models:/protocols@gone", [], "the registry has no"),
+    ("models:/gone/1", [], "the registry has no"), ("models:/protocols@champion", ["--adapter", "run"], "leave --adapter out")])
+def test_a_registered_model_that_is_not_there_is_told_in_one_line(store: Store, reference: str, more: list[str], words: str,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    store.client().create_registered_model("protocols")
+    capsys.readouterr()
+    assert main(["predict", "--model", reference, *more, "--mlflow", store.tracking, "--note", "x"]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture

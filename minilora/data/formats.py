@@ -3,6 +3,7 @@
 CSV is RFC 4180: commas, quotes doubled inside quotes, line breaks allowed inside quotes.  JSONL is one object a line.
 Text is UTF-8, with or without a byte order mark.  Memory is bounded by one row (Parquet: 1,024 rows).
 A record is (line, values by column): for CSV the line of the file where the row starts, else the row's number from 1.
+A folder of part-* files, as Spark writes one, is a table: its parts one behind the other, by name.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import csv
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,26 @@ def records(path: Path, kind: str) -> Iterator[Record]:
     Raises:
         DataError: the file is missing, empty, not UTF-8, has no rows or is malformed, with the row (while reading).
     """
+    read = {"csv": _csv_records, "jsonl": _jsonl_records, "parquet": _parquet_records}[kind]
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file")
+        parts = sorted(path.glob("part-*"))
+        if not parts:
+            raise DataError(f"{path} is a folder; name a file")
+        return _joined(path, [read(part, True) for part in parts])
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path")
-    return {"csv": _csv_records, "jsonl": _jsonl_records, "parquet": _parquet_records}[kind](path)
+    return read(path, False)
+
+
+def _joined(path: Path, parts: Iterable[Iterator[Record]]) -> Iterator[Record]:
+    """The records of all parts, of which some may be empty but not all."""
+    number = 0
+    for part in parts:
+        for record in part:
+            number += 1
+            yield record
+    if number == 0:
+        raise DataError(f"{path} has no rows; add some")
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -105,7 +121,7 @@ def _unique(where: str, names: list[str]) -> list[str]:
     return names
 
 
-def _csv_records(path: Path) -> Iterator[Record]:
+def _csv_records(path: Path, may_be_empty: bool) -> Iterator[Record]:
     # strict: an unclosed quote would otherwise swallow the rest of the file into one cell without a word.
     reader = csv.reader(text_lines(path), strict=True)
     header: list[str] | None = None
@@ -134,13 +150,13 @@ def _csv_records(path: Path) -> Iterator[Record]:
             raise DataError(f"{path} row {number} (line {start}) has {len(cells)} cells, the header {len(header)}; put "
                             "quotes around a cell that contains a comma")
         yield start, dict(zip(header, cells, strict=True))
-    if header is None:
+    if header is None and not may_be_empty:
         raise DataError(f"{path} is empty; it needs a header line and rows")
-    if number == 0:
+    if number == 0 and not may_be_empty:
         raise DataError(f"{path} has a header but no rows; add rows below it")
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
+def _jsonl_records(path: Path, may_be_empty: bool) -> Iterator[Record]:
     number = 0
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,7 +178,7 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
         # Trap: "\ud83d" alone is legal JSON and no legal text; written out again it would stop the program.
         yield number, {key: _SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
                        for key, value in record.items()}
-    if number == 0:
+    if number == 0 and not may_be_empty:
         raise DataError(f"{path} is empty; write one JSON object a line")
 
 
@@ -179,7 +195,7 @@ def import_pyarrow() -> Any:
         raise DataError("Parquet needs pyarrow: pip install 'minilora[spark]', or use CSV or JSONL") from error
 
 
-def _parquet_records(path: Path) -> Iterator[Record]:
+def _parquet_records(path: Path, may_be_empty: bool) -> Iterator[Record]:
     pyarrow = import_pyarrow()
     number = 0
     try:
@@ -193,7 +209,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
         raise DataError(f"{path} after row {number}: a string is not UTF-8; write the file again") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} after row {number}: not a Parquet file, or truncated; write the file again") from error
-    if number == 0:
+    if number == 0 and not may_be_empty:
         raise DataError(f"{path} has no rows; add some")
 
 

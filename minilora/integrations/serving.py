@@ -13,19 +13,23 @@ minilora has to be installed where it is loaded; no code is in the model but `se
 Lesson 19 explains it.
 """
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.models import ModelSignature
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from minilora.adapters import EXTRA_FILE
+from minilora.audit_log import model_digest
 from minilora.config import read_toml
 from minilora.errors import ConfigError
 from minilora.integrations.tracking import Store, or_one_line, read_state, track
@@ -38,6 +42,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # By name, as a run folder may also hold evaluations, and those the notes.
 SERVED = (*ADAPTER_FILES, EXTRA_FILE, "labels.txt", "README.md", CONFIG_FILE, OWN_BASE, "tokenizer.json", "tokenizer.model",
           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+DIGEST_TAG = "files_sha256"
 FULLY_TUNED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 EXAMPLE = "History: fall from a ladder. Diagnosis: concern for fracture of the wrist."        # of nobody
 SIGNATURE = ModelSignature(
@@ -105,6 +111,50 @@ def _pointed_at(store: Store) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A registered model on this machine.
+
+    Attributes: name, version: in the registry. model, adapter: as in `Predictor.load`.
+    """
+
+    name: str
+    version: str
+    model: str
+    adapter: str | None
+
+
+@contextmanager
+def fetched(reference: str, store: Store) -> Iterator[Fetched]:
+    """Fetch a registered model, for the length of the block.
+
+    Args: reference: models:/NAME@ALIAS or models:/NAME/VERSION.
+    Raises: ConfigError: no such model, or none that `register` made. OutputError: the store cannot be reached.
+    """
+    named = REFERENCE.fullmatch(reference)
+    if named is None:
+        raise ConfigError(f"{reference}: a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION")
+    client, name = store.client(), named["name"]
+    with TemporaryDirectory() as folder:
+        with or_one_line(store), _pointed_at(store):
+            try:
+                found = (client.get_model_version_by_alias(name, named["alias"]) if named["alias"]
+                         else client.get_model_version(name, named["version"]))
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                raise ConfigError(f"the registry has no {reference}; `minilora track RUN --mlflow --register NAME` puts one "
+                                  "there") from None
+            version = str(found.version)
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{version}", dst_path=folder))
+            base = (Model.load(str(local)).metadata or {}).get("base_model")
+        run = local / "artifacts" / "run"
+        if not isinstance(base, str) or not run.is_dir():
+            raise ConfigError(f"{reference} was not registered by minilora")
+        adapted = (run / ADAPTER_FILES[0]).is_file()
+        yield Fetched(name, version, base if adapted else str(run), str(run) if adapted else None)
+
+
 def register(out: "str | Path", store: Store, name: str, alias: "str | None" = None) -> int:
     """Keep a finished run's model in the registry, as the next version of a name.
 
@@ -127,6 +177,8 @@ def register(out: "str | Path", store: Store, name: str, alias: "str | None" = N
             signature=SIGNATURE, input_example=pd.DataFrame({"note": [EXAMPLE]}), pip_requirements=["minilora", "pandas"],
             metadata={"base_model": base}, registered_model_name=name)
         version = int(logged.registered_model_version)
+        # What the audit log of `predict` says of the run folder, so that a line there leads to a version here.
+        store.client().set_model_version_tag(name, str(version), DIGEST_TAG, model_digest(staged))
         if alias:
             store.client().set_registered_model_alias(name, alias, str(version))
     return version

@@ -14,10 +14,12 @@ Lesson 19 explains it.
 """
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minilora.audit_log import Tally
 from minilora.data.formats import table_format
 from minilora.data.table_writer import added_columns
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
@@ -38,8 +41,12 @@ if TYPE_CHECKING:
 ADDED = ("prediction", "probability", "runner_up", "error")
 BATCH_ROWS = 512            # of a worker at a time: sorted by length among themselves
 SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and options of each kind of table, in Spark
-    "csv": ("csv", {"header": True, "multiLine": True, "escape": '"'}), "jsonl": ("json", {}), "parquet": ("parquet", {})}
+    "csv": ("csv", {"header": True, "multiLine": True, "escape": '"'}), "jsonl": ("json", {"ignoreNullFields": False}),
+    "parquet": ("parquet", {})}
 TRIES = 4                   # of a task, as on a cluster
+ROWS_A_TASK = 5_000         # at most, of `predict_files`: what is lost when a worker dies, and what the last one is waited for
+# Set where somebody else started Spark, and will end it: spark-submit, and Databricks.
+STARTED_ELSEWHERE = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
 
 
 @dataclass(frozen=True)
@@ -131,36 +138,62 @@ def local_session(workers: int | None = None) -> SparkSession:
     return made
 
 
+@contextmanager
+def session(workers: int | None = None) -> Iterator[tuple[SparkSession, int, int]]:
+    """The cluster's Spark where this runs under spark-submit or on Databricks, else one on this machine for the length of the
+    block.
+
+    Yields: the session, how many tasks run at once, and how many threads of torch each should have.
+    Raises: as `local_session`.
+    """
+    if any(os.environ.get(name) for name in STARTED_ELSEWHERE):
+        from pyspark.sql import SparkSession
+
+        made = SparkSession.builder.getOrCreate()
+        made.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", BATCH_ROWS)
+        yield made, workers or made.sparkContext.defaultParallelism, int(made.conf.get("spark.task.cpus", "1") or 1)
+        return
+    made, cores = local_session(workers), os.cpu_count() or 1
+    try:
+        yield made, workers or cores, max(1, cores // (workers or cores))
+    finally:
+        made.stop()
+
+
 def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None,
-                  overwrite: bool = False) -> int:
-    """Label a table with Spark on this machine.
+                  overwrite: bool = False, tally: Tally | None = None) -> int:
+    """Label a table with Spark, on this machine or on the cluster that this runs on.
 
     Args:
-        data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix; owner-only.
+        data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix; owner-only where it is
+            Spark of this machine that writes it. tally: gets the rows, once they are counted in what was written.
 
     Returns: rows written.
     Raises: ConfigError, DataError, OutputError: as `predict_table`; MiniloraError: a worker failed.
     """
+    if tally is not None:               # a run that fails leaves no file in which to count
+        tally.rows_read = tally.rows_predicted = tally.rows_in_error = None
     check_output(out, overwrite)
     written, how_written = SPARKS[table_format(Path(out), None, OutputError)]
-    spark = local_session(workers)
-    from pyspark.sql.functions import monotonically_increasing_id
+    with session(workers) as (spark, at_once, threads):
+        from pyspark.sql.functions import count, lit, monotonically_increasing_id
 
-    cores = workers or os.cpu_count() or 1
-    if not how.threads:
-        how = replace(how, threads=max(1, (os.cpu_count() or 1) // cores))
-    try:
-        kind, options = SPARKS[table_format(Path(data), None)]
-        table: Any = spark.read.format(kind).options(**options).load(str(data))
-        row = "_row"
-        numbered = table.withColumn(row, monotonically_increasing_id()).repartitionByRange(cores, row).sortWithinPartitions(row)
-        labelled = predict(numbered.drop(row), how)
-        labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error").save(str(out))
-        return int(spark.read.format(written).options(**how_written).load(str(out)).count())
-    except MiniloraError:
-        raise
-    except Exception as error:          # Spark's text is a page of Java; its first line that is ours says what was wrong
-        said = next((line.strip() for line in str(error).splitlines() if "RuntimeError:" in line), type(error).__name__)
-        raise MiniloraError(f"Spark stopped: {said.partition('RuntimeError:')[2].strip() or said}") from None
-    finally:
-        spark.stop()
+        try:
+            kind, options = SPARKS[table_format(Path(data), None)]
+            table: Any = spark.read.format(kind).options(**options).load(str(data))
+            tasks, row = max(at_once, math.ceil(table.count() / ROWS_A_TASK)), "_row"
+            numbered = table.withColumn(row, monotonically_increasing_id())
+            dealt = numbered.repartitionByRange(tasks, row).sortWithinPartitions(row).drop(row)
+            labelled = predict(dealt, how if how.threads else replace(how, threads=threads))
+            labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error").save(str(out))
+            # Trap: JSON is read back without a column that is empty in every row, unless it is named.
+            answers: Any = spark.read.schema(labelled.schema).format(written).options(**how_written).load(str(out))
+            rows, errors = answers.agg(count(lit(1)), count("error")).collect()[0]
+        except MiniloraError:
+            raise
+        except Exception as error:      # Spark's text is a page of Java; its first line that is ours says what was wrong
+            said = next((line.strip() for line in str(error).splitlines() if "RuntimeError:" in line), type(error).__name__)
+            raise MiniloraError(f"Spark stopped: {said.partition('RuntimeError:')[2].strip() or said}") from None
+    if tally is not None:
+        tally.rows_read, tally.rows_predicted, tally.rows_in_error = rows, rows - errors, errors
+    return int(rows)

@@ -124,6 +124,22 @@ def test_the_byte_that_is_not_utf8_is_found_across_chunks(tmp_path_factory, offs
         list(iter_table(path, "note"))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_folder_of_parts_as_spark_writes_one_is_a_table_and_parts_may_be_empty(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / f"notes{suffix}"
+    folder.mkdir()
+    for part, texts in ((2, ["c"]), (0, ["a", "b"]), (1, [])):
+        with TableWriter(folder / f"part-{part:05d}{suffix}", ["note"]) as writer:
+            for text in texts:
+                writer.write({"note": text})
+    (folder / "_SUCCESS").write_text("")
+    assert [(row.number, row.text) for row in read_table(folder, "note").rows] == [(1, "a"), (2, "b"), (3, "c")]
+    assert read_columns(folder) == ["note"]
+    for part in (0, 2):
+        (folder / f"part-{part:05d}{suffix}").unlink()
+    assert "has no rows" in failure(folder)
+
+
 def test_missing_files_folders_and_suffixes_are_named(tmp_path: Path):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "notes.xlsx").write_text("x")
