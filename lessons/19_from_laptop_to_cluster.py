@@ -361,7 +361,7 @@ with picture("19_cluster", columns=3, width=10, height=3) as (left_axes, middle_
 # ## Where it lives
 #
 # `minilora/stepping.py` takes the sums, `minilora/memory.py` counts what a process holds; the team of processes is in
-# `distributed.py` among the integrations, with DDP and FSDP. `minilora/integrations/spark.py` labels tables (`minilora
+# `minilora/integrations/distributed.py`, with DDP and FSDP. `minilora/integrations/spark.py` labels tables (`minilora
 # predict --spark`), `minilora/integrations/tracking.py` sends runs (`--mlflow`), and `minilora/integrations/serving.py`
 # registers a run as a model that any process with minilora can load. None of these libraries is needed until its flag is
 # given.

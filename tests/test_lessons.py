@@ -13,6 +13,7 @@ import pytest
 import minilora
 from minilora.cli import main
 from minilora.course.lesson import Lesson, lesson_paths, lessons_folder, read_lesson, run_lesson, wrapped
+from minilora.course.map import ROW
 from minilora.course.progress import EXERCISES, tasks_of
 from minilora.errors import ConfigError
 
@@ -169,7 +170,6 @@ def test_an_installed_package_says_where_the_lessons_are(monkeypatch: pytest.Mon
 
 
 # -- the map ----------------------------------------------------------------------------------------------------------
-ROW = re.compile(r"^\| \[(\d\d) (.+?)\]\((\S+?)\) \| (.*?) \| (.*?) \| (.*?) \|$", re.MULTILINE)
 
 
 def test_the_map_has_a_row_for_each_lesson_with_its_title_files_sources_and_tasks() -> None:

@@ -5,11 +5,13 @@
 
 ddp     every process holds the 4-bit base.  A step sends the adapters' gradients, once: 4 bytes a trained number to each.
 fsdp    every process holds its share of the base's bytes, and a layer is gathered when it is computed with and dropped behind
-        that (FSDP2): forward, recomputation and backward each send the base once.  Adapters, embedding and head are whole
-        everywhere.
+        that (FSDP2): once for the forward, once for the backward, under which a recomputation comes.  Adapters, embedding and
+        head are whole everywhere.
 
 GPUs talk by NCCL, CPUs by gloo.  The base is read by every process, with fsdp to host memory, and sharded block by block.
 Source: ZeRO (arXiv 1910.02054), stage 3 for what is frozen; FSDP (arXiv 2304.11277).
+
+Lesson 19 explains it.
 """
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """MLflow: a run's settings, figures and files in a tracking store.
 
 The run folder is the truth, and the store a copy of it.  `sync` sends what the store lacks, so that a store which was out of
-reach, a training that was killed and one that was resumed lose nothing, and no step is there twice.  While training runs,
-`follow` syncs every few seconds from a thread; training does not wait for it, and does not fail of it.
+reach, a training that was killed and one that was resumed lose nothing; a kill between sending and noting that it was sent
+sends those steps twice, with the same values.  While training runs, `follow` syncs every few seconds from a thread; training
+does not wait for it, and does not fail of it.
 
     mlflow.json                                 the run's id in the store, and how far it was sent
     config.toml, the data's SHA-256             parameters and a tag
