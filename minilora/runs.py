@@ -59,7 +59,8 @@ def open_run(folder: Path, resume: bool, overwrite: bool) -> FolderLock:
             clear_leftovers(folder, keep=LOCK_FILE)
         else:
             check_output(folder, overwrite, marker=CONFIG_FILE)     # once more: another run may have come and gone
-            folder.chmod(0o700)
+            if folder.stat().st_mode & 0o077:       # it stood there already
+                folder.chmod(0o700)
             _clear(folder)
     except OSError as error:
         lock.release()
