@@ -108,7 +108,7 @@ def test_an_overwriting_run_killed_before_any_change_is_overwritten_again(
         shutil.copytree(old, tmp_path / "run")
         assert runs.run({**config, "overwrite": True}, at=at)["killed"]
         # Before the first changes only the lock is new: the old run is still there, whole, and would be gone on with.
-        again = gone_on_with(config, overwrite=at < 10 or at % 2 == 0)
+        again = gone_on_with(config, overwrite=at < 5 or at % 2 == 0)
         assert differing(finished(runs, again), expected) == [], f"killed before change {at} of {changes}"
 
 
