@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError, OutputError, StoppedError
-from minilora.files import disk_reason
+from minilora.files import disk_reason, file_sha256
 from minilora.hub import resolve_model
 from minilora.own_base import own_base
 
 FILE = "predictions-audit.jsonl"
-CHUNK = 1 << 20
 # What decides an answer, of a model's folder or an adapter's; a run folder also holds metrics, reports and evaluations.
 DECIDING = ("config.json", "adapter_config.json", "adapter_model.safetensors", "minilora.json", "labels.txt", "tokenizer.json",
             "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -76,15 +75,6 @@ class Asked:
     spark: bool = False
 
 
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file, in constant memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def digest_of(path: Path, names: Iterable[str] | None = None) -> str | None:
     """Hex SHA-256 of a file, or of the list of a folder's files.
 
@@ -93,12 +83,12 @@ def digest_of(path: Path, names: Iterable[str] | None = None) -> str | None:
     Guarantee: that command gives the same (tests/test_audit_log.py).
     """
     if path.is_file():
-        return file_digest(path)
+        return file_sha256(path)
     if not path.is_dir():
         return None
     if names is None:
         names = (str(inner.relative_to(path)) for inner in path.rglob("*") if inner.is_file() and inner.name[0] not in "._")
-    lines = (f"{file_digest(path / name)}  {name}\n" for name in sorted(names, key=os.fsencode))
+    lines = (f"{file_sha256(path / name)}  {name}\n" for name in sorted(names, key=os.fsencode))
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -18,7 +17,7 @@ import torch
 
 from minilora.config import TrainConfig
 from minilora.errors import OutputError
-from minilora.files import write_text
+from minilora.files import file_sha256, write_text
 from minilora.hub import split_revision
 
 if TYPE_CHECKING:
@@ -29,22 +28,12 @@ SCORES = re.compile(r"^## Scores\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
 MADE_BY = "| made with | minilora "
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file: names the data of a run without telling anything of what stands in it."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file.read())
-
-
 def own_version() -> str:
     """This package's; where it runs from a checkout that is not installed, it has none."""
     try:
         return version("minilora")
     except PackageNotFoundError:
         return "from a checkout"
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str], notes: int) -> None:

@@ -6,6 +6,7 @@ before the rename and the folder after it, so a power cut cannot leave the new n
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -42,6 +43,15 @@ def sync_file(path: Path) -> None:
     """Sync a file's contents to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file, as sha256sum gives it, in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

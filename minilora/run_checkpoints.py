@@ -11,7 +11,6 @@ Guarantee: killed at any instant, and resumed, a run ends with the bytes of one 
 """
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.adapters import read_json_object
 from minilora.errors import CheckpointError, OutputError
-from minilora.files import TEMPORARY, clear_leftovers, disk_reason, new_folder, sync_file, write_json, write_text
+from minilora.files import TEMPORARY, clear_leftovers, disk_reason, file_sha256, new_folder, sync_file, write_json, write_text
 from minilora.llama.safetensors_file import read_header, write_safetensors
 from minilora.optim.paged_adamw import PagedAdamW, StoredState
 from minilora.runs import CHECKPOINTS, METRICS_FILE, cut_metrics
@@ -86,7 +85,8 @@ def save_checkpoint(folder: Path, position: Position, model: torch.nn.Module, op
             raise OSError(f"{OPTIMIZER_FILE} could not be written ({str(error).splitlines()[0]}; {free / 1e6:,.1f} MB are free)"
                           ) from error
         write_json(temporary / STATE_FILE, asdict(position))
-        write_text(temporary / SUMS_FILE, "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())))
+        files = sorted(temporary.iterdir())
+        write_text(temporary / SUMS_FILE, "".join(f"{file_sha256(file)}  {file.name}\n" for file in files))
     _drop(folder, position.step, later=True)
 
 
@@ -105,14 +105,6 @@ def _drop(folder: Path, step: int, later: bool) -> None:
         warnings.warn(f"old checkpoints in {checkpoints} could not be removed ({disk_reason(error)})", stacklevel=3)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _verify(path: Path) -> None:
     """Compare every file of a checkpoint with its hash.
 
@@ -124,7 +116,7 @@ def _verify(path: Path) -> None:
     if not needed <= listed.keys() <= {*needed, MOMENTS_FILE}:
         raise CheckpointError(f"{SUMS_FILE} lists other files than a checkpoint has")
     for name, digest in listed.items():
-        if _sha256(path / name) != digest:
+        if file_sha256(path / name) != digest:
             raise CheckpointError(f"{name} is not what was written (its hash differs)")
 
 

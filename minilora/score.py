@@ -15,7 +15,6 @@ from minilora.audit_log import FILE as AUDIT_FILE
 from minilora.audit_log import digest_of, labelled_by, model_digest
 from minilora.baseline import NAME, bag_of_words, require_baseline
 from minilora.bert import BertEmbedder, find_bert
-from minilora.card import file_sha256
 from minilora.compare import aligned_predictions, predictions_file, read_rows
 from minilora.config import read_toml
 from minilora.data.tables import Row, Table, added_columns, iter_table, read_table
@@ -24,7 +23,7 @@ from minilora.embed import Embedder, embed_texts
 from minilora.errors import ConfigError, DataError, MiniloraError
 from minilora.evaluate import RUNNER_UP, Evaluation, evaluate, save_evaluation
 from minilora.evaluation import Scored
-from minilora.files import check_output, new_folder
+from minilora.files import check_output, file_sha256, new_folder
 from minilora.identity import fingerprint
 from minilora.layers.qlora import base_only
 from minilora.predict import ROWS_AT_ONCE, Prediction, Predictor, chunks

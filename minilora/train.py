@@ -27,12 +27,13 @@ import torch
 from tqdm import tqdm
 
 from minilora.adapters import base_digest, save_adapter, save_extra
-from minilora.card import file_sha256, write_model_card
+from minilora.card import write_model_card
 from minilora.config import TrainConfig
 from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
 from minilora.errors import CheckpointError, ConfigError, DataError, MiniloraError, StoppedError, memory_reason
+from minilora.files import file_sha256
 from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint

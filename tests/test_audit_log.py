@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from minilora import TrainConfig, train
-from minilora.audit_log import FILE, Asked, Tally, audited, digest_of, file_digest, model_digest
+from minilora.audit_log import FILE, Asked, Tally, audited, digest_of, model_digest
 from minilora.cli import main
 from minilora.errors import DataError, OutputError, StoppedError
-from minilora.files import write_text
+from minilora.files import file_sha256, write_text
 from tests.models import write_model
 from tests.notes import SECRET, notes, write_csv
 
@@ -160,7 +160,7 @@ def test_a_folders_hash_is_that_of_the_systems_own_tool_and_knows_content_and_na
     renamed = digest_of(folder)
     (folder / "part-2").write_text("part-1 ")
     assert len({first, renamed, digest_of(folder)}) == 3
-    assert digest_of(folder / "é") == file_digest(folder / "é")
+    assert digest_of(folder / "é") == file_sha256(folder / "é")
 
 
 def test_a_model_is_the_files_that_decide_its_answers(world: Path) -> None:

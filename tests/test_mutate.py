@@ -1,25 +1,20 @@
 """The mutation script stays able to run: its lines stand in the package, its tests exist, and it tells a survivor."""
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def mutate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutate", ROOT / "scripts" / "mutate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutate"] = module          # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("mutate")
 
 
 def test_every_line_to_be_broken_stands_once_and_its_tests_exist(mutate: ModuleType) -> None:

@@ -1,28 +1,16 @@
 """The plan of scale, held to closed forms and to draws; the page prints what the command prints."""
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load() -> ModuleType:
-    found = importlib.util.spec_from_file_location("scale", ROOT / "scripts" / "scale.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules["scale"] = module           # dataclasses look their module up there
-    found.loader.exec_module(module)
-    return module
-
-
-scale = load()
+scale = load_script("scale")
 SURE = scale.Figures(fails=0.0, straggle=0.0)
 
 

@@ -1,27 +1,19 @@
 """scripts/soak on a small model: it kills, goes on, compares, and tells a run that ends with other bytes."""
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from tests.models import write_model
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "soak.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module            # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("soak")
 
 
 def test_a_run_is_killed_and_ends_with_the_expected_bytes(script: ModuleType, tmp_path: Path,

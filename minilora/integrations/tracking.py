@@ -31,10 +31,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from minilora.adapters import read_json_object
-from minilora.card import file_sha256
 from minilora.config import read_toml
 from minilora.errors import ConfigError, MiniloraError, OutputError, StoppedError
-from minilora.files import write_json
+from minilora.files import file_sha256, write_json
 from minilora.report import write_report
 from minilora.runs import CONFIG_FILE, METRICS_FILE, resident_bytes
 

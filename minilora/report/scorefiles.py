@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilora.adapters import WEIGHTS_FILE
-from minilora.card import file_sha256
 from minilora.clinical import ClosePair
 from minilora.data.formats import records
 from minilora.errors import DataError
 from minilora.evaluate import OTHER
+from minilora.files import file_sha256
 from minilora.metrics import Floats, Ints, normalize_label, number_labels
 from minilora.report.checked import checked_interval, checked_object, checked_rate, checked_rows, read_json
 from minilora.report.held import Held, read_held

@@ -5,7 +5,7 @@ import numpy as np
 
 from minilora.adapters import WEIGHTS_FILE
 from minilora.calibration import BINS, calibration_error, coverage, picked, reliability
-from minilora.card import file_sha256
+from minilora.files import file_sha256
 from minilora.metrics import Floats, count_pairs, label_scores, normalize_label
 from minilora.report.held import said_of_rows
 from minilora.report.markup import Child, Markup, table, tag
