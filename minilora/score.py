@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -143,9 +144,12 @@ def read_answers(path: str | Path, table: Table, adapter: str | Path | None) -> 
 
     def number(text: str) -> float | None:
         try:
-            return float(text) if text else None
+            found = float(text) if text else None
         except ValueError:
-            raise DataError(f"{path}: a probability is no number; name what minilora predict wrote") from None
+            found = math.nan
+        if found is not None and not 0 <= found <= 1:
+            raise DataError(f"{path}: a probability is no number from 0 to 1; name what minilora predict wrote")
+        return found
 
     return [Prediction(label, number(row.get("probability", "")), row.get("runner_up") or None, row.get("error") or None,
                        number(row.get("runner_up_probability", "")))

@@ -92,10 +92,13 @@ class Gradients:
 
 
 def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: torch.optim.Optimizer,
-                      label_tokens: int | None = None) -> Gradients:
+                      label_tokens: int | None = None, again: bool = True) -> Gradients:
     """Forward and backward of a step's micro-batches; the gradients stand in the parameters, which had none.
 
-    Args: label_tokens: of the whole step, default those of the batches. A batch that says to have none does not count.
+    Args:
+        label_tokens: of the whole step, default those of the batches. A batch that says to have none does not count.
+        again: whether it may be done again with fewer pages in memory; not where other processes would have to as well.
+
     Raises: MiniloraError: out of memory, with no pages to put out, or even so.
     """
     random = random_state()
@@ -106,7 +109,7 @@ def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: 
         if reason is None:
             raise
     # Behind the handler, not in it: the error holds on to the tensors of the forward that failed.
-    freed = optimizer.evict() if isinstance(optimizer, PagedAdamW) else 0
+    freed = optimizer.evict() if again and isinstance(optimizer, PagedAdamW) else 0
     if freed:
         optimizer.zero_grad(set_to_none=True)
         set_random_state(random)

@@ -23,6 +23,7 @@ class Team:
     """A process among others. Attributes: rank: its number. size: of the team."""
 
     rank, size = 0, 1
+    gathers = False         # whether a forward or backward asks the others for something, so that none is done alone
     device: torch.device | None = None          # that it has to use, where the team says
     reads_to: torch.device | None = None        # where the base is read to before it is shared out, if not there
 
@@ -52,6 +53,11 @@ class Team:
 
     def wait(self) -> None:
         """Until all are here."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Steps are taken in the block: one that fails because another process is gone says so."""
+        yield
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -205,7 +205,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
         before = last_metrics(out)
         loss, val_loss = before.get("loss", math.nan), before.get("val_loss")
         tokens_done, training_seconds = 0, 1e-9
-        with (_saying_what_is_left(out), asked_to_stop(config.quiet) as request,
+        with (_saying_what_is_left(out), asked_to_stop(config.quiet) as request, team.together(),
               tqdm(total=total, initial=position.step, desc="train", unit="step", disable=config.quiet) as progress):
             for micro_batches in _steps(examples, config, position.step, total):
                 step_started = time.perf_counter()
@@ -217,7 +217,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
                 rate = learning_rate(step, total, peak_rate, config.warmup)
                 for group, (_, relative) in zip(optimizer.param_groups, groups, strict=True):
                     group["lr"] = rate * relative
-                gradients = compute_gradients(model, batches, optimizer, asked)
+                gradients = compute_gradients(model, batches, optimizer, asked, again=not team.gathers)
                 team.add_up([parameter.grad for parameter in trained_parameters(model).values() if parameter.grad is not None])
                 loss, seen = team.totals(gradients.loss, sum(int(batch.attention_mask.sum()) for batch in batches))
                 if gradients.evicted_bytes:
@@ -226,7 +226,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
                 norm = float(torch.nn.utils.clip_grad_norm_([parameter for parameters, _ in groups for parameter in parameters],
                                                             config.max_grad_norm or math.inf))
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    rows = list(gradients.broken_rows) or [row for batch in batches for row in batch.rows]
+                    rows = list(gradients.broken_rows) or [examples[index].row for rows in micro_batches for index in rows]
                     raise MiniloraError(f"step {step}: loss {loss} with gradient norm {norm} on rows {_named(rows)} of "
                                         f"{config.data}; start again with a lower --lr, or with --dtype float32")
                 optimizer.step()

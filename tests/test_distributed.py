@@ -37,7 +37,7 @@ def torchrun(processes: int, *command: str, **more: Any) -> subprocess.Completed
 
 
 def losses(run: Path, name: str = "loss") -> list[float]:
-    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [step[name] for step in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if name in step]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(data: Path) -> Path:
     out = data.parent / "alone"
-    assert main(["train", "--model", "tiny", "--data", str(data), "--out", str(out), *SETTINGS, "--quiet"]) == 0
+    assert main(["train", "--model", "tiny", "--data", str(data), "--val", str(data), "--out", str(out), *SETTINGS,
+                 "--quiet"]) == 0
     return out
 
 
@@ -59,11 +60,12 @@ def alone(data: Path) -> Path:
 def test_several_processes_train_what_one_trains(data: Path, alone: Path, tmp_path: Path, kind: str, processes: int,
                                                  flags: list[str]) -> None:
     out = tmp_path / kind
-    done = torchrun(processes, "-m", "minilora", "train", "--model", "tiny", "--data", str(data), "--out", str(out), *SETTINGS,
-                    "--distributed", kind, "--gradient-checkpointing", *flags)
+    done = torchrun(processes, "-m", "minilora", "train", "--model", "tiny", "--data", str(data), "--val", str(data), "--out",
+                    str(out), *SETTINGS, "--distributed", kind, "--gradient-checkpointing", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"6 steps by {processes} processes" in done.stdout
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(out, "val_loss")[-1:] == pytest.approx(losses(alone, "val_loss")[-1:], rel=1e-3)
     # Adam hides a gradient that is too small by the number of processes; its length does not.
     assert losses(out, "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-3)
     ours, one = load_file(out / "adapter_model.safetensors"), load_file(alone / "adapter_model.safetensors")
@@ -82,9 +84,9 @@ training = sys.modules["minilora.train"]            # the name in the package is
 team = ProcessGroup(sys.argv[1], "cpu")
 seen = {}
 inner = training.compute_gradients
-def watched(model, *rest):
+def watched(model, *rest, **options):
     seen["model"] = model
-    return inner(model, *rest)
+    return inner(model, *rest, **options)
 training.compute_gradients = watched
 
 class Network(TorchDispatchMode):
@@ -141,13 +143,14 @@ def test_a_run_of_two_goes_on_alone_and_one_of_one_goes_on_by_two(data: Path, tm
     assert len(losses(tmp_path / "a")) == 6 and losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
 
 
-def test_when_one_process_is_killed_the_others_end_too(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_when_one_process_is_killed_the_others_end_too(data: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minilora", "train",
          "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs", "0", "--max-steps", "5000", "--device", "cpu",
-         "--distributed", "ddp", "--quiet"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+         "--distributed", kind, "--quiet"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         for _ in range(600):
             time.sleep(0.1)

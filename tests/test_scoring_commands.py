@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,7 @@ def test_answers_of_another_model_or_another_table_are_refused(world: Path, tmp_
     code, _, said = call(*evaluate_words(world, tmp_path / "s", "--answers", tmp_path / "answers.csv"))
     assert code == 2 and "5 rows" in said and not (tmp_path / "s").exists()
     table = (tmp_path / "answers.csv").read_text().replace("one more,CT Brain,CT Brain,0.5,,,\n", "")
-    (tmp_path / "answers.csv").write_text(table.replace(",0.", ",about 0.", 1))
-    code, _, said = call(*evaluate_words(world, tmp_path / "s", "--answers", tmp_path / "answers.csv"))
-    assert code == 2 and "no number" in said
+    for broken in ("about 0.5", "-0.5", "1.5", "nan"):
+        (tmp_path / "answers.csv").write_text(re.sub(r",[01]\.\d+", f",{broken}", table, count=1))
+        code, _, said = call(*evaluate_words(world, tmp_path / "s", "--answers", tmp_path / "answers.csv"))
+        assert code == 2 and "no number" in said, broken

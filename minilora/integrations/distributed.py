@@ -18,7 +18,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -31,6 +32,7 @@ from minilora.layers.nf4_linear import NF4Linear
 from minilora.team import Team
 
 BUCKET_BYTES = 64 << 20             # of gradients that are summed at a time
+BACKENDS = ("gloo", "NCCL")         # named in the plain RuntimeErrors of lost connections
 PATIENCE = timedelta(hours=2)       # the others wait while one reads, validates or saves
 
 
@@ -46,7 +48,7 @@ class ProcessGroup(Team):
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise ConfigError("--distributed wants several processes: start with torchrun --nproc-per-node N -m minilora "
                               "train and the rest")
-        self.kind = kind
+        self.gathers = kind == "fsdp"
         on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if on_gpu and local >= torch.cuda.device_count():
@@ -55,14 +57,14 @@ class ProcessGroup(Team):
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        if kind == "fsdp":          # no GPU need hold the whole base; in host memory a mapped 4-bit checkpoint stands once
+        if self.gathers:            # no GPU need hold the whole base; in host memory a mapped 4-bit checkpoint stands once
             self.reads_to = torch.device("cpu")
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def shard(self, model: nn.Module) -> None:
         """With fsdp: of each block's 4-bit weights keep a share, gathered when the block is called; the rest to the device."""
-        if self.kind != "fsdp":
+        if not self.gathers:
             return
         from torch.distributed.fsdp import fully_shard
 
@@ -88,22 +90,41 @@ class ProcessGroup(Team):
         if bucket:
             self._add_up(bucket)
 
-    @staticmethod
-    def _add_up(tensors: Sequence[Tensor]) -> None:
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.view(-1) for tensor in tensors])
-        _sum(flat)
+        self._sum(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
     def totals(self, *numbers: float) -> list[float]:
         """In float64."""
         found = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        _sum(found)
+        self._sum(found)
         return [float(number) for number in found]
 
     def wait(self) -> None:
         """By a sum, which every backend has."""
         self.totals(0.0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What torch.distributed raises becomes one line.
+
+        Raises: MiniloraError: another process is gone, or has not come for two hours.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or any(name in str(error) for name in BACKENDS)):
+                raise
+            # This process ends anyway: torchrun, which tells it to, must not come in between before it has said why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise MiniloraError("another process of the team has ended, so this one ends too; what went wrong stands in its "
+                                "own line, and the run goes on with --resume") from error
+
+    def _sum(self, tensor: Tensor) -> None:
+        with self.together():
+            dist.all_reduce(tensor)
 
     def close(self) -> None:
         """Leave the group."""
@@ -111,17 +132,3 @@ class ProcessGroup(Team):
         # ends, end it by SIGABRT.
         gc.collect()
         dist.destroy_process_group()
-
-
-def _sum(tensor: Tensor) -> None:
-    """Sum over the group, in place.
-
-    Raises: MiniloraError: another process is gone, or has not come for two hours.
-    """
-    try:
-        dist.all_reduce(tensor)
-    except RuntimeError as error:       # torch.distributed.DistBackendError is one
-        # This process ends anyway: torchrun, which tells it to, must not come in between before it has said why.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise MiniloraError("another process of the team has ended, so this one ends too; what went wrong stands in its own "
-                            "line, and the run goes on with --resume") from error
