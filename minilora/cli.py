@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from minilora import store_commands, task_commands
 from minilora.config import TrainConfig, read_toml
@@ -294,15 +293,16 @@ def _check(args: argparse.Namespace) -> None:
         print_verdicts(args.number, args.file)
 
 
-def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"minilora: warning: {message}", file=sys.stderr)
+def _say(text: str) -> None:
+    """A line on the error stream, by one write: with several processes on one terminal two would mix."""
+    sys.stderr.write(f"minilora: {text}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it."""
     with warnings.catch_warnings(), terminated_cleanly():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = _one_line_warning
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
         try:
             args, unknown = (parser := build_parser()).parse_known_args(argv)
             if unknown:     # of a note that was not quoted the words end here: name flags alone
@@ -310,16 +310,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 parser.error(f"{args.command}: no place for {flags}; put quotes around a text with spaces")
             args.run(args)
         except MiniloraError as error:
-            print("minilora: " + " ".join(str(error).splitlines()), file=sys.stderr)
+            _say(" ".join(str(error).splitlines()))
             return 128 + error.signal if isinstance(error, StoppedError) else 2
         except (MemoryError, RuntimeError) as error:
             reason = memory_reason(error)
             if reason is None:
                 raise
-            print(f"minilora: out of memory ({reason}); `minilora memory` says what a run takes", file=sys.stderr)
+            _say(f"out of memory ({reason}); `minilora memory` says what a run takes")
             return 2
         except KeyboardInterrupt:
-            print("minilora: stopped", file=sys.stderr)
+            _say("stopped")
             return 130
     return 0
 
