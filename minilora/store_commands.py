@@ -112,6 +112,6 @@ def predict_by_spark(args: argparse.Namespace, asked: Asked) -> None:
                     args.max_length, args.pad_vocab, args.input_column)
     check_output(args.out, args.overwrite)
     with audited(asked, args.audit) as tally:
-        rows = predict_files(args.data, args.out, how, args.workers, args.overwrite, tally)
+        rows = predict_files(args.data, args.out, how, args.workers, args.overwrite, tally, args.quiet)
     if not args.quiet:
         print(f"{rows:,} rows in {args.out}")

@@ -41,12 +41,16 @@ def rows(folder: Path) -> Any:
     return pd.concat([pd.read_csv(path, keep_default_na=False) for path in parts], ignore_index=True)
 
 
-def test_several_workers_give_the_answers_of_one_process_in_the_tables_order(tmp_path: Path, how: Labelling) -> None:
+def test_several_workers_give_the_answers_of_one_process_in_the_tables_order(
+        tmp_path: Path, how: Labelling, capsys: pytest.CaptureFixture[str]) -> None:
     table = [*notes(90), (f'{SECRET} "quoted",\nover two lines', "x"), ("", "x"), *notes(9)]
     data = write_csv(tmp_path / "notes.csv", table)
-    command = ["predict", "--model", "tiny", "--labels", str(how.labels), "--dtype", "float32", "--data", str(data), "--quiet"]
+    command = ["predict", "--model", "tiny", "--labels", str(how.labels), "--dtype", "float32", "--data", str(data)]
     assert main([*command, "--out", str(tmp_path / "out.csv"), "--spark", "--workers", "2"]) == 0
-    assert main([*command, "--out", str(tmp_path / "one.csv")]) == 0
+    told = capsys.readouterr()
+    assert "2/2" in told.err and "101 rows in" in told.out and SECRET not in told.err + told.out
+    assert main([*command, "--out", str(tmp_path / "one.csv"), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
     ours, one = rows(tmp_path / "out.csv"), pd.read_csv(tmp_path / "one.csv", keep_default_na=False)
     assert len(list((tmp_path / "out.csv").glob("part-*.csv"))) == 2
     for column in ("input", "prediction", "error"):

@@ -17,15 +17,17 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from minilora.audit_log import Tally
 from minilora.data.formats import table_format
@@ -44,6 +46,7 @@ SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and optio
     "csv": ("csv", {"header": True, "multiLine": True, "escape": '"'}), "jsonl": ("json", {"ignoreNullFields": False}),
     "parquet": ("parquet", {})}
 TRIES = 4                   # of a task, as on a cluster
+GROUP = "minilora-predict"                  # of jobs, by which their progress is found
 ROWS_A_TASK = 5_000         # at most, of `predict_files`: what is lost when a worker dies, and what the last one is waited for
 # Set where somebody else started Spark, and will end it: spark-submit, and Databricks.
 STARTED_ELSEWHERE = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
@@ -160,13 +163,44 @@ def session(workers: int | None = None) -> Iterator[tuple[SparkSession, int, int
         made.stop()
 
 
-def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None,
-                  overwrite: bool = False, tally: Tally | None = None) -> int:
+@contextmanager
+def _progress(spark: SparkSession, tasks: int, quiet: bool) -> Iterator[None]:
+    """A bar of the tasks that the job in the block has done; Spark is asked twice a second."""
+    tracker, done = spark.sparkContext.statusTracker(), threading.Event()
+    spark.sparkContext.setJobGroup(GROUP, "label a table")
+
+    def completed() -> int:
+        stages = [tracker.getStageInfo(stage) for job in map(tracker.getJobInfo, tracker.getJobIdsForGroup(GROUP)) if job
+                  for stage in job.stageIds]
+        return max((stage.numCompletedTasks for stage in stages if stage and stage.numTasks == tasks), default=0)
+
+    def watch() -> None:
+        with suppress(Exception):       # Spark itself is gone, and the block says so
+            while not done.wait(0.5):
+                bar.update(completed() - bar.n)
+
+    if quiet:
+        yield
+        return
+    with tqdm(total=tasks, desc="predict", unit="task") as bar:
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watching.join()
+        bar.update(tasks - bar.n)
+
+
+def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None, overwrite: bool = False,
+                  tally: Tally | None = None, quiet: bool = True) -> int:
     """Label a table with Spark, on this machine or on the cluster that this runs on.
 
     Args:
         data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix; owner-only where it is
             Spark of this machine that writes it. tally: gets the rows, once they are counted in what was written.
+        quiet: no bar.
 
     Returns: rows written.
     Raises: ConfigError, DataError, OutputError: as `predict_table`; MiniloraError: a worker failed.
@@ -185,7 +219,9 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
             numbered = table.withColumn(row, monotonically_increasing_id())
             dealt = numbered.repartitionByRange(tasks, row).sortWithinPartitions(row).drop(row)
             labelled = predict(dealt, how if how.threads else replace(how, threads=threads))
-            labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error").save(str(out))
+            writer = labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error")
+            with _progress(spark, tasks, quiet):
+                writer.save(str(out))
             # Trap: JSON is read back without a column that is empty in every row, unless it is named.
             answers: Any = spark.read.schema(labelled.schema).format(written).options(**how_written).load(str(out))
             rows, errors = answers.agg(count(lit(1)), count("error")).collect()[0]
