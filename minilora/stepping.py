@@ -128,8 +128,9 @@ def _forward_backward(model: LlamaForCausalLM, batches: list[Batch], label_token
     over, loss = label_tokens or sum(batch.label_tokens for batch in batches), 0.0
     broken: list[int] = []
     for batch in batches:
-        part = label_loss(model, batch) / over if batch.label_tokens else 0 * label_loss(model, batch)
+        # Both ways: what a block keeps must be the same when it is computed again, within backward.
         with repeatable(model.device):
+            part = label_loss(model, batch) / over if batch.label_tokens else 0 * label_loss(model, batch)
             part.backward()
         value = float(part.detach())
         loss += value

@@ -30,10 +30,12 @@ from minilora.kernels.cpu import KINDS, Constants
 # `dequantize`.
 OPTIONS = {"enable_fp_fusion": False}
 LONGEST_RUN = 64
-ROW_RUN = 32                        # of one row: what a thread reads at once, 16 bytes
 TILE = 4096                         # weights that a program of `dequantize` holds: 32 a thread, whose codes are 16 bytes
 ROW_TILE = 2048                     # the same of `row_product`, whose programs are single warps: 64 a thread
 ENOUGH_PROGRAMS, MOST_PARTS = 1024, 8
+OPERAND_RUN = 32                    # codes a thread of `operand_product` reads at once
+OPERAND_OUT, OPERAND_COLUMNS, OPERAND_WARPS = 128, 128, 8                   # rows and columns of W, and warps, of a program
+OPERAND_PROGRAMS = 256              # two on each multiprocessor of the largest GPUs, all at work at once
 ADDED = 1024                        # numbers of y that a program of `add_parts` sums
 # Up to so many rows of x the product rebuilds W in registers; above, unpacking it once for torch's product is cheaper.  As
 # measured on an H200 in bfloat16 (`bench.gpu.crossing`): 64 rows take 0.8 of that, 128 rows 1.1.  float32, which has no tensor
@@ -64,13 +66,14 @@ def tiles(rows: int, dtype: torch.dtype, transposed: bool) -> Tiles:
     return Tiles(few, 128, 64) if transposed else Tiles(few, 64, 128)
 
 
-def parts_of(programs: int, rows: int, steps: int) -> int:
+def parts_of(programs: int, enough: int, steps: int) -> int:
     """In how many parts sums are taken, by as many programs, so that there is work for every multiprocessor.
 
-    Args: programs: without parts. rows: of y; each part of them is written and read once more. steps: of one sum.
+    Each part of y is written and read once more, so there are no more than it takes.
+
+    Args: programs: without parts. enough: programs. steps: of one sum.
     """
-    enough = ENOUGH_PROGRAMS if rows <= 32 else ENOUGH_PROGRAMS // 3
-    return max(1, min(-(-enough // programs), MOST_PARTS, steps))
+    return max(1, min(-(-enough // max(programs, 1)), MOST_PARTS, steps))
 
 
 def run_length(*sizes: int, longest: int = LONGEST_RUN) -> int:
@@ -134,14 +137,24 @@ class Kernel:
         weight, sizes = _weight(packed, constants, code, blocksize, out_features * in_features, x.device)
         bias = None if bias is None else _checked(bias, x.device, torch.float32, count=out_features)
         y = torch.empty(rows, out_features, dtype=_checked(x, x.device, *KINDS).dtype, device=x.device)
-        run = run_length(sizes["BLOCKSIZE"], in_features, longest=ROW_RUN)
-        if rows != 1 or not _words(packed, run):
-            return self._product(x.float() if rows == 1 else x, y, bias, out_features, in_features, weight, sizes, False)
-        columns = max(run, min(1024, 1 << (in_features - 1).bit_length()))
-        out = ROW_TILE // columns
-        self._launch("row_product", (-(-out_features // out),), y, x, x if bias is None else bias, out_features, in_features,
-                     *weight, **sizes, RUN=run, BIAS=bias is not None, SHUFFLED=self.shuffled, OUT=out, IN=columns, num_warps=1)
-        return y
+        run = run_length(sizes["BLOCKSIZE"], in_features)
+        if rows == 1 and _words(packed, run):
+            columns = max(run, min(1024, 1 << (in_features - 1).bit_length()))
+            out = ROW_TILE // columns
+            direct = self.shuffled and x.dtype != torch.float32 and x.data_ptr() % 16 == 0
+            even = out_features % out == 0 and in_features % columns == 0
+            self._launch("row_product", (-(-out_features // out),), y, x, x if bias is None else bias, out_features,
+                         in_features, *weight, **sizes, RUN=run, BIAS=bias is not None, SHUFFLED=self.shuffled, DIRECT=direct,
+                         EVEN=even, OUT=out, IN=columns, num_warps=1)
+            return y
+        if rows > 1 and x.dtype != torch.float32 and run >= OPERAND_RUN and _words(packed, run):
+            few = tiles(rows, x.dtype, False).rows
+            programs = -(-out_features // OPERAND_OUT), -(-rows // few)
+            parts = parts_of(prod(programs), OPERAND_PROGRAMS, -(-in_features // OPERAND_COLUMNS))
+            return self._in_parts("operand_product", programs, parts, y, x, bias, (rows, out_features, in_features), weight,
+                                  **sizes, WARPS=OPERAND_WARPS, ROWS=few, OUT=OPERAND_OUT, num_warps=OPERAND_WARPS,
+                                  num_stages=1)
+        return self._product(x.float() if rows == 1 else x, y, bias, out_features, in_features, weight, sizes, transposed=False)
 
     def product_transposed(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int,
                            in_features: int) -> Tensor:
@@ -157,17 +170,24 @@ class Kernel:
         tile = tiles(rows, x.dtype, transposed)
         kept, summed = (tile.columns, tile.out) if transposed else (tile.out, tile.columns)
         programs = -(-features // kept), -(-rows // tile.rows)
-        parts = parts_of(prod(programs), rows, -(-x.shape[1] // summed))
+        enough = ENOUGH_PROGRAMS if rows <= 32 else ENOUGH_PROGRAMS // 3
+        parts = parts_of(prod(programs), enough, -(-x.shape[1] // summed))
+        run = run_length(sizes["BLOCKSIZE"], in_features, longest=min(LONGEST_RUN, tile.columns))
+        return self._in_parts("product", programs, parts, y, x, bias, (rows, out_features, in_features), weight, **sizes,
+                              RUN=run, WORDS=_words(weight[0], run), TRANSPOSED=transposed, ROWS=tile.rows, OUT=tile.out,
+                              IN=tile.columns, num_stages=1)
+
+    def _in_parts(self, name: str, programs: tuple[int, int], parts: int, y: Tensor, x: Tensor, bias: Tensor | None,
+                  shape: tuple[int, int, int], weight: tuple[Tensor | float, ...], **sizes: int) -> Tensor:
+        """y by a product's kernel, whose sums are taken in parts and added up behind it."""
         if y.numel():
-            run = run_length(sizes["BLOCKSIZE"], in_features, longest=min(LONGEST_RUN, tile.columns))
-            sums = y if parts == 1 else torch.empty(parts, rows, features, device=y.device)
+            sums = y if parts == 1 else torch.empty(parts, *y.shape, device=y.device)
             here = bias if parts == 1 else None
-            self._launch("product", (*programs, parts), sums, x, x if here is None else here, rows, out_features, in_features,
-                         *weight, **sizes, RUN=run, WORDS=_words(weight[0], run), BIAS=here is not None, TRANSPOSED=transposed,
-                         SHUFFLED=self.shuffled, PARTS=parts, ROWS=tile.rows, OUT=tile.out, IN=tile.columns, num_stages=1)
+            self._launch(name, (*programs, parts), sums, x, x if here is None else here, *shape, *weight, **sizes,
+                         BIAS=here is not None, SHUFFLED=self.shuffled, PARTS=parts)
             if parts > 1:
-                self._launch("add_parts", (-(-y.numel() // ADDED),), y, sums, x if bias is None else bias, y.numel(), features,
-                             PARTS=parts, BIAS=bias is not None, TILE=ADDED)
+                self._launch("add_parts", (-(-y.numel() // ADDED),), y, sums, x if bias is None else bias, y.numel(),
+                             y.shape[1], PARTS=parts, BIAS=bias is not None, TILE=ADDED)
         return y
 
     def _launch(self, name: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **sizes: Any) -> None:

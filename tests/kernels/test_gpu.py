@@ -172,10 +172,10 @@ def test_the_choice_of_tiles_covers_every_row_and_is_counted_in_powers_of_two() 
 
 
 def test_sums_are_cut_into_parts_only_where_programs_are_few_and_steps_enough() -> None:
-    assert gpu.parts_of(programs=1, rows=16, steps=86) == gpu.MOST_PARTS and gpu.parts_of(programs=1, rows=16, steps=3) == 3
-    assert gpu.parts_of(programs=gpu.ENOUGH_PROGRAMS, rows=1, steps=86) == 1
-    parts = [gpu.parts_of(programs, rows, steps)
-             for programs in (1, 64, 172, 5000) for rows in (2, 64, 500) for steps in (1, 32)]
+    assert gpu.parts_of(programs=1, enough=1024, steps=86) == gpu.MOST_PARTS
+    assert gpu.parts_of(programs=1, enough=1024, steps=3) == 3
+    assert gpu.parts_of(programs=86, enough=256, steps=32) == 3, "258 programs"
+    parts = [gpu.parts_of(programs, 256, steps) for programs in (0, 1, 64, 172, 256, 5000) for steps in (1, 32)]
     assert min(parts) == 1 and max(parts) == gpu.MOST_PARTS
 
 
@@ -219,7 +219,7 @@ def test_the_layer_takes_the_kernels_forward_and_back(in_place_of_the_cpus: Inte
     y = layer(x)
     y.backward(normal(rows, 40, seed=2).bfloat16())
     # Above some rows the weight is unpacked for torch's product, here as well as on the way back.
-    expected = {1: {"row_product": 1, "product": 1}, 5: {"product": 2}, 200: {"dequantize": 2}}
+    expected = {1: {"row_product": 1, "product": 1}, 5: {"operand_product": 1, "product": 1}, 200: {"dequantize": 2}}
     assert in_place_of_the_cpus.launched == expected[rows]
     grad = normal(rows, 40, seed=2).bfloat16()
     forward, back = (multiplied(layer.quantized, torch.bfloat16, rows, transposed) for transposed in (False, True))
@@ -327,7 +327,7 @@ def test_the_proof_finds_a_fused_operation(interpreted: InterpretedKernel, monke
         gpu.prove(interpreted, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("wrong", ["row_product", "product", "dequantize"])
+@pytest.mark.parametrize("wrong", ["row_product", "operand_product", "product", "dequantize"])
 def test_the_proof_finds_a_wrong_bit_of_each_kernel(interpreted: InterpretedKernel, monkeypatch: pytest.MonkeyPatch,
                                                     wrong: str) -> None:
     original = InterpretedKernel._launch
@@ -335,8 +335,11 @@ def test_the_proof_finds_a_wrong_bit_of_each_kernel(interpreted: InterpretedKern
     def one_bit_off(self: InterpretedKernel, name: str, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any,
                     **sizes: Any) -> None:
         original(self, name, grid, out, *arguments, **sizes)
+        first = out.view(-1, *out.shape[-2:])[0]            # of the parts, or all there is
         if name == wrong and out.dtype == torch.bfloat16:
-            out.view(torch.int16).view(-1)[-1] ^= 1
+            first.view(torch.int16)[-1, -1] ^= 1
+        elif name == wrong == "product":                    # the way back, in parts of float32: the same bit
+            first.view(torch.int32)[-1, -1] ^= 1 << 16
 
     monkeypatch.setattr(InterpretedKernel, "_launch", one_bit_off)
     with pytest.raises(RuntimeError, match=r"bits in torch\.bfloat16"):

@@ -53,8 +53,9 @@ def compiled(name: str, dtype: torch.dtype, capability: int = 80, *, fusion: boo
     from minilora.kernels import nf4_triton
 
     function = getattr(nf4_triton, name)
-    words = sizes["RUN"] >= 8 and not sizes.get("SHORT")
-    sizes = {"BLOCKSIZE": 64, "NESTED": 256, "WORDS": words, "SHUFFLED": True, "PARTS": 1, **sizes}
+    words = sizes.get("RUN", 32) >= 8 and not sizes.get("SHORT")
+    sizes = {"BLOCKSIZE": 64, "NESTED": 256, "WORDS": words, "SHUFFLED": True, "PARTS": 1, "DIRECT": dtype != SINGLES,
+             "EVEN": True, **sizes}
     sizes = {name: size for name, size in sizes.items() if name in function.arg_names}
     kinds = {**dict.fromkeys(("out", "x", "y"), f"*{NAMES[dtype]}"), "packed": "*u8", "offset": "fp32", "n": "i64",
              "constants": "*u8" if sizes["NESTED"] else "*fp32",
@@ -71,7 +72,12 @@ def dequantize(dtype: torch.dtype, capability: int, **options: Any) -> Any:
 
 
 def row_product(dtype: torch.dtype, capability: int, **options: Any) -> Any:
-    return compiled("row_product", dtype, capability, warps=1, **{"RUN": 32, "BIAS": True, "OUT": 2, "IN": 1024, **options})
+    return compiled("row_product", dtype, capability, warps=1, **{"RUN": 64, "BIAS": True, "OUT": 2, "IN": 1024, **options})
+
+
+def operand_product(capability: int, rows: int = 16, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return compiled("operand_product", dtype, capability, warps=gpu.OPERAND_WARPS, stages=1, BIAS=False,
+                    WARPS=gpu.OPERAND_WARPS, ROWS=rows, OUT=gpu.OPERAND_OUT)
 
 
 @EVERY_GENERATION
@@ -88,7 +94,7 @@ def test_only_what_says_so_is_fused_with_an_addition(capability: int) -> None:
 
 @EVERY_GENERATION
 def test_a_level_is_asked_of_another_thread_of_the_warp(capability: int) -> None:
-    for code in (dequantize(torch.bfloat16, capability), row_product(torch.bfloat16, capability)):
+    for code in (dequantize(torch.bfloat16, capability), row_product(torch.bfloat16, capability), operand_product(capability)):
         assert code.asm["ptx"].count("shfl.sync.idx") >= 32
         assert code.asm["ptx"].count("ld.global.nc.f32") == 1, "a thread reads its own level once"
 
@@ -133,6 +139,7 @@ def test_bfloat16_is_rounded_to_nearest(capability: int) -> None:
 def test_codes_are_read_sixteen_bytes_at_a_time() -> None:
     assert "ld.global.v4.b32" in dequantize(torch.bfloat16, 80).asm["ptx"]
     assert "ld.global.v4.b32" in row_product(torch.bfloat16, 80).asm["ptx"]
+    assert operand_product(80).asm["ptx"].count("ld.global.v4.b32") >= 2
 
 
 @FORWARD_AND_BACK
@@ -158,6 +165,30 @@ def test_products_fit_into_the_memory_of_a_program(monkeypatch: pytest.MonkeyPat
     assert "tf32" not in code.asm["ptx"], "float32 would lose thirteen bits"
     tensor_cores = re.search(r"mma(_async)?\.sync", code.asm["ptx"]) is not None
     assert tensor_cores == (dtype != torch.float32 and capability >= 80), "`gpu.TENSOR_CORES` says where there are any"
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_a_weight_goes_from_its_codes_to_hoppers_tensor_cores_in_one_thread(rows: int) -> None:
+    """Older and newer ones take it so for a few rows, where Triton is 3.9 or later."""
+    code = operand_product(90, rows)
+    of_x, of_w = 2 * rows * gpu.OPERAND_COLUMNS, 2 * gpu.OPERAND_OUT * gpu.OPERAND_COLUMNS
+    assert code.metadata.shared <= of_x + of_w // 8, "x and a few constants, and nothing of W, lie in shared memory"
+    assert "wgmma.mma_async" in code.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_operands_that_are_exchanged_after_all_fit_into_the_memory_of_a_program(capability: int, rows: int) -> None:
+    assert operand_product(capability, rows).metadata.shared <= SHARED_BYTES[86 if capability == 80 else capability]
+
+
+def test_of_one_row_a_thread_reads_its_own_elements() -> None:
+    """Beside the levels only what sums up two rows over a warp goes between threads."""
+    def exchanges(dtype: torch.dtype, direct: bool) -> int:
+        return len(re.findall(r"\b(?:SHFL|LDS|STS)\b", row_product(dtype, 90, DIRECT=direct).asm["sass"])) - 64
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert exchanges(dtype, True) <= 16 < exchanges(dtype, False)
 
 
 @pytest.mark.parametrize("ones", [{"in_features": 1}, {"out_features": 1}, {"in_features": 1, "out_features": 1}])
