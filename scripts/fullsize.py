@@ -31,11 +31,12 @@ from minilora.files import write_json
 from minilora.hub import resolve_model
 from minilora.llama.config import LlamaConfig, num_parameters
 from minilora.loading import load_tokenizer
-from minilora.memory import Workload, predict
+from minilora.memory import Memory, Workload, predict
 from minilora.runs import METRICS_FILE
 from minilora.shapes import shape_of, write_random_checkpoint
 
 TOKENS, STEPS, ROWS = 256, 4, 4
+GPU_STEPS, GPU_BATCH = 200, 8       # of the longer run, on a GPU alone
 ON_THE_WAY = 600_000_000            # over the model: Python, torch, and what is between the file and the model
 TRAINING = 1_100_000_000            # over what the plan says, the same and what malloc keeps
 RELOAD_SECONDS = 30
@@ -123,12 +124,34 @@ def stages(config: LlamaConfig, kinds: Sequence[str], work: Path, device: str) -
     log = work / "log.txt"
     train_csv, test_csv = write_notes(work)
     four_bits, run_folder = work / "four-bit", work / "run"
-    plan = predict(config, Workload("qlora", seq=TOKENS, gradient_checkpointing=True))
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+
+    def planned(batch: int) -> Memory:
+        return predict(config, Workload("qlora", seq=TOKENS, batch=batch, gradient_checkpointing=True, on_gpu=on_gpu))
+
+    plan = planned(1)
     model = plan.weights + plan.absmax
     largest = 2 * config.vocab_size * config.hidden_size
     load_bound = model + largest + ON_THE_WAY
     train_bound = plan.total + TRAINING
     on = ["--device", device]
+
+    def trained(name: str, model: Path, out: Path, steps: int, batch: int) -> Stage:
+        """A run of `train`.  On a GPU the bound is one of its memory; that of the process is then CUDA's libraries."""
+        command = ["-m", "minilora", "train", "--model", str(model), "--data", str(train_csv), "--out", str(out), "--max-steps",
+                   str(steps), "--epochs", str(steps), "--batch-size", str(batch), "--max-length", str(TOKENS), "--r", "16",
+                   "--gradient-checkpointing", "--lr", "2e-4", *on]
+        seconds, peak = run(command, log)
+        lines = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+        step_seconds = sorted(line["seconds"] for line in lines)[len(lines) // 2]
+        highest = max(line["peak_bytes"] for line in lines)
+        most = planned(batch).total + TRAINING
+        bounds = {"highest step GB": (highest / 1e9, most / 1e9)}
+        if not on_gpu:
+            bounds["peak GB"] = (peak / 1e9, most / 1e9)
+        return Stage(name, seconds, peak, bounds, f"{len(lines)} steps of {batch} x {TOKENS}, {step_seconds:.2g} s each; loss "
+                     f"{lines[0]['loss']:.2f}, at the end {lines[-1]['loss']:.2f}")
+
     digests = set()
     for kind in kinds:
         source = work / kind
@@ -150,26 +173,20 @@ def stages(config: LlamaConfig, kinds: Sequence[str], work: Path, device: str) -
     if len(digests) > 1:
         raise MiniloraError("the same weights out of .bin and out of safetensors became different bits")
 
-    command = ["-m", "minilora", "train", "--model", str(source), "--data", str(train_csv), "--out", str(run_folder),
-               "--max-steps", str(STEPS), "--batch-size", "1", "--max-length", str(TOKENS), "--r", "16",
-               "--gradient-checkpointing", "--lr", "2e-4", *on]
-    seconds, peak = run(command, log)
-    lines = [json.loads(line) for line in (run_folder / METRICS_FILE).read_text().splitlines()]
-    step_seconds = sorted(line["seconds"] for line in lines)[len(lines) // 2]
-    highest = max(line["peak_bytes"] for line in lines)
-    yield Stage("load and train", seconds, peak, {"peak GB": (peak / 1e9, train_bound / 1e9),
-                                                  "highest step GB": (highest / 1e9, train_bound / 1e9)},
-                f"{len(lines)} steps of 1 x {TOKENS}, {step_seconds:.1f} s each")
+    yield trained("load and train", source, run_folder, STEPS, 1)
     shutil.rmtree(source)
     base = ["--model", str(four_bits), "--adapter", str(run_folder)]
     seconds, peak = run(["-m", "minilora", "evaluate", *base, "--data", str(test_csv), "--out", str(work / "scores"), *on], log)
-    yield Stage("evaluate", seconds, peak, {"peak GB": (peak / 1e9, train_bound / 1e9)}, f"{ROWS} notes of {TOKENS} tokens")
+    yield Stage("evaluate", seconds, peak, {} if on_gpu else {"peak GB": (peak / 1e9, train_bound / 1e9)},
+                f"{ROWS} notes of {TOKENS} tokens")
     seconds, peak = run(["-m", "minilora", "predict", *base, "--data", str(test_csv), "--out", str(work / "answers.csv"), *on],
                         log)
-    yield Stage("predict", seconds, peak, {"peak GB": (peak / 1e9, train_bound / 1e9)}, f"{ROWS} notes")
+    yield Stage("predict", seconds, peak, {} if on_gpu else {"peak GB": (peak / 1e9, train_bound / 1e9)}, f"{ROWS} notes")
     seconds, peak = run(["-c", RELOAD, str(four_bits)], log)
     yield Stage("reload 4 bits", seconds, peak, {"seconds": (seconds, RELOAD_SECONDS),
                                                  "peak GB": (peak / 1e9, load_bound / 1e9)})
+    if on_gpu:
+        yield trained("train for longer", four_bits, work / "longer", GPU_STEPS, GPU_BATCH)
 
 
 def table(done: Sequence[Stage]) -> str:
@@ -208,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise MiniloraError(f"{work.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; name another "
                                 "folder with --out")
         done = []
-        print(f"{num_parameters(config):,} parameters; {os.cpu_count()} cores, torch {torch.__version__}", flush=True)
+        print(f"{num_parameters(config):,} parameters; {os.cpu_count()} cores, torch {torch.__version__}"
+              + (f", {torch.cuda.get_device_name()}" if args.device != "cpu" and torch.cuda.is_available() else ""), flush=True)
         for stage in stages(config, args.kinds, work, args.device):
             done.append(stage)
             print(table(done).splitlines()[-1], flush=True)
