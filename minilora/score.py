@@ -5,7 +5,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from minilora.audit_log import FILE as AUDIT_FILE
 from minilora.audit_log import digest_of, labelled_by, model_digest
 from minilora.baseline import NAME, bag_of_words, require_baseline
 from minilora.bert import BertEmbedder, find_bert
+from minilora.card import own_version
 from minilora.compare import aligned_predictions, predictions_file, read_rows
 from minilora.config import read_toml
 from minilora.data.tables import Row, Table, added_columns, iter_table, read_table
@@ -164,7 +164,7 @@ def identify(predictor: Predictor, data: str | Path, beside: Beside) -> Scored:
         model=Path(named).name if named.startswith((".", "/", "~")) else named,
         adapter=file_sha256(adapter) if adapter is not None and adapter.is_file() else None,
         weights=fingerprint(predictor.model), data=file_sha256(data), embedder=Path(beside.embedder_name).name,
-        labels=None if predictor.labels is None else len(predictor.labels), version=version("minilora"),
+        labels=None if predictor.labels is None else len(predictor.labels), version=own_version(),
         train=file_sha256(beside.train_file) if beside.train_file is not None else None,
         answers=digest_of(beside.answers_file) if beside.answers_file is not None else None)
 

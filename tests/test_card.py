@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from minilora import card, score
 from minilora.card import record_scores, write_model_card
 from minilora.config import TrainConfig
 from minilora.evaluate import Evaluation, evaluate
@@ -97,3 +99,11 @@ def test_cosine_says_by_whose_embeddings_where_they_are_not_the_base_s(run: Path
     assert "(minilm) |" in (run / "README.md").read_text()
     record_scores(run, tmp_path / "test.csv", scored(8))
     assert "minilm" not in (run / "README.md").read_text()
+
+
+def test_a_checkout_that_is_not_installed_has_no_version_and_scores_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(card, "version", unknown)
+    assert card.own_version() == score.own_version() == "from a checkout"

@@ -37,13 +37,13 @@ OPERAND_RUN = 32                    # codes a thread of `operand_product` reads 
 OPERAND_OUT, OPERAND_COLUMNS, OPERAND_WARPS = 128, 128, 8                   # rows and columns of W, and warps, of a program
 OPERAND_PROGRAMS = 256              # two on each multiprocessor of the largest GPUs, all at work at once
 ADDED = 1024                        # numbers of y that a program of `add_parts` sums
-# Up to so many rows of x the product rebuilds W in registers; above, unpacking it once for torch's product is cheaper.  As
-# measured on an H200 in bfloat16 (`bench.gpu.crossing`): 64 rows take 0.8 of that, 128 rows 1.1.  float32, which has no tensor
-# cores, is an estimate.
-FUSED_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
+# Up to so many rows of x the product rebuilds W in registers; above, unpacking it once for torch's product is cheaper.  On an
+# H100 (`bench.gpu.crossing`) 64 rows of 16 bits take 0.47 of that, 128 rows 0.86 and 256 rows 1.6; two rows of float32, which
+# has no tensor cores, 1.8.
+FUSED_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 1}
 # Before Ampere Triton multiplies 16-bit matrices without tensor cores and with registers spilt; torch does better.
 TENSOR_CORES = (8, 0)
-FUSED_ROWS_WITHOUT = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 32}
+FUSED_ROWS_WITHOUT = dict.fromkeys(FUSED_ROWS, 1)
 
 
 class Tiles(NamedTuple):

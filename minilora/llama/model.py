@@ -45,6 +45,8 @@ class RMSNorm(nn.Module):
 
 def take(x: Tensor, at: Tensor) -> Tensor:
     """Rows of each sequence: x (B, T, d), at (B, L) int64 -> (B, L, d)."""
+    if x.is_cuda:       # where the gradient of `gather` goes element by element if bits are to be repeated; this one by rows
+        return x[torch.arange(len(at), device=at.device)[:, None], at]
     return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1]))
 
 

@@ -288,15 +288,17 @@ def test_a_layer_on_a_gpu_takes_the_kernels_in_both_directions(on_a_gpu: gpu.Ker
     monkeypatch.setattr(gpu.Kernel, "_launch", counted)
     layer = NF4Linear(quantize_nf4(normal(1024, 2048)), normal(1024, seed=3)).to(DEVICE)
     w = layer.dense_weight(torch.float32)
-    many = gpu.FUSED_ROWS[torch.float32] + 1
-    for rows, names in ((1, ["row_product", "product"]), (16, ["product"] * 2), (many, ["dequantize"] * 2)):
+    many = gpu.FUSED_ROWS[HALVES] + 1
+    for rows, dtype, names in ((1, SINGLES, ["row_product", "product"]), (2, SINGLES, ["dequantize"] * 2),
+                               (16, HALVES, ["operand_product", "product"]), (many, HALVES, ["dequantize"] * 2)):
         launched.clear()
-        x = normal(rows, 2048, seed=1).to(DEVICE).requires_grad_()
+        x = normal(rows, 2048, seed=1).to(DEVICE, dtype).requires_grad_()
         y = layer(x)
         y.backward(torch.ones_like(y))
         assert launched == names
-        assert torch.allclose(y, F.linear(x, w, layer.bias), rtol=1e-4, atol=1e-3)
-        assert torch.allclose(x.grad, torch.ones_like(y) @ w, rtol=1e-4, atol=1e-3)
+        close = {"rtol": 1e-4, "atol": 1e-3} if dtype == SINGLES else {"rtol": 2e-2, "atol": 1.0}     # sums of 2048 roundings
+        assert torch.allclose(y.float(), F.linear(x.float(), w, layer.bias), **close)
+        assert torch.allclose(x.grad.float(), torch.ones_like(y).float() @ w, **close)
 
 
 @ON_A_GPU
