@@ -25,7 +25,6 @@ and whose window is exceeded scores each label as a sequence of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from minilora.data.prompts import check_ids, encode_label
 from minilora.data.tables import MAX_LABELS
 from minilora.errors import ConfigError, DataError
+from minilora.forest import TreeChunk, forests, grows_on
 from minilora.generate import cache_for, check_prompts, evaluation_mode, shared_beginning
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
@@ -104,22 +104,6 @@ class LabelTrie:
         return [node for node, children in enumerate(self.children) if len(children) >= least]
 
 
-@dataclass(frozen=True)
-class TreeChunk:
-    """Some of a trie's nodes, to be computed in one forward call behind the prompt.
-
-    Attributes:
-        tokens, depths: (K,) int64; a label's first token has depth 0.
-        visible: (K, K) bool, True = the row's node may attend to the column's: its ancestors and itself.
-        readers: (slot in this chunk, node) whose scores are read; the root has slot -1.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    visible: Tensor
-    readers: list[tuple[int, int]]
-
-
 def tree_chunks(trie: LabelTrie, normalize: Normalization, size: int = CHUNK_NODES,
                 device: torch.device | str = "cpu") -> list[TreeChunk]:
     """Cut the nodes that are needed into chunks of `size`, each with its first node's ancestors in front."""
@@ -175,6 +159,15 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
     # Longest first: where memory is short, the first batch tells.
     waiting = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
     with evaluation_mode(model):
+        if len(chunks) == 1 and chunks[0].readers and grows_on(model):
+            waiting = []
+            for forest in forests(prompt_ids, chunks[0], batch_tokens):
+                hidden = model.hidden(forest.input_ids, forest.trees, forest.position_ids, at=forest.at)[0]
+                steps = torch.zeros(len(forest.prompts), len(trie.tokens))
+                _read_steps(model, trie, chunks[0], hidden.view(len(steps), -1, hidden.shape[-1]), normalize, steps)
+                scores[forest.prompts] = _sum_over_paths(trie, steps, normalize)
+                if on_progress is not None:
+                    on_progress(len(forest.prompts))
         while waiting:
             longest = len(prompt_ids[waiting[0]])
             indices = waiting[: max(1, batch_tokens // (longest + widest))]
@@ -218,10 +211,17 @@ def _steps_by_tree(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeCh
         at = torch.stack(read, dim=1) if read else None                                           # (B, readers)
         mask = _tree_mask(lengths, longest, chunk.visible, positions, window)[:, :, done:]
         hidden = model.hidden(input_ids[:, done:], mask, positions[:, done:], cache, at)          # (B, readers, hidden)
-        for states, (_, node) in zip(hidden.unbind(1) if read else (), chunk.readers, strict=True):
-            tokens = [trie.tokens[child] for child in trie.children[node]]
-            steps[:, trie.children[node]] = _next_log_probs(model, states, tokens, normalize)
+        if read:
+            _read_steps(model, trie, chunk, hidden, normalize, steps)
     return steps
+
+
+def _read_steps(model: LlamaForCausalLM, trie: LabelTrie, chunk: TreeChunk, hidden: Tensor, normalize: Normalization,
+                steps: Tensor) -> None:
+    """Write into steps (B, nodes) what the states of a chunk's readers, (B, readers, hidden), say of their children."""
+    for states, (_, node) in zip(hidden.unbind(1), chunk.readers, strict=True):
+        tokens = [trie.tokens[child] for child in trie.children[node]]
+        steps[:, trie.children[node]] = _next_log_probs(model, states, tokens, normalize)
 
 
 def _tree_mask(lengths: Tensor, longest: int, visible: Tensor, positions: Tensor, window: int | None) -> Tensor:

@@ -15,9 +15,10 @@ from minilora.kernels.build import NATIVE, at_first_call, load
 
 SOURCE = Path(__file__).with_name("block_cpu.cpp")
 HEAD_DIMS = (64, 128)               # those that the attention is compiled for: whole tiles of 64
-# Narrower rows keep torch's operations, and with them torch's bits: figures that are published hang on those of the small model
-# that ships (256 and 512 wide), and at such widths there is nothing to gain.
+# Narrower rows and heads keep torch's bits: figures that are published hang on those of the small model that ships (256 and 512
+# wide, heads of 32).  The stepwise forms give these bits too, forward only.
 NARROWEST = 768
+STEPWISE_HEADS = (32,)
 
 
 class _View(ctypes.Structure):
@@ -36,21 +37,30 @@ class _Attention(ctypes.Structure):
 class _SwiGLU(ctypes.Structure):
     """`struct SwiGLU` of block_rows.h."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up"))
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up")), ("stepwise", ctypes.c_int64))
 
 
 class _Norm(ctypes.Structure):
     """`struct Norm` of block_rows.h."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "d_y", "y", "d_x", "inverse")),
-                ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("eps", ctypes.c_float))
+                *((name, ctypes.c_int64) for name in ("rows", "size", "stepwise")), ("eps", ctypes.c_float))
 
 
 class _Rotation(ctypes.Structure):
     """`struct Rotation` of block_rows.h."""
 
     _fields_ = (("x", _View), ("y", _View), ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p),
-                *((name, ctypes.c_int64) for name in ("heads", "length", "head_dim", "same")))
+                *((name, ctypes.c_int64) for name in ("heads", "length", "head_dim", "same", "stepwise")))
+
+
+class _Trees(ctypes.Structure):
+    """`struct Trees` of block_trees.h."""
+
+    _fields_ = (*((name, _View) for name in "qkvo"),
+                *((name, ctypes.c_void_p) for name in ("keys", "starts", "asking", "positions", "visible")),
+                *((name, ctypes.c_int64) for name in ("groups", "heads", "kv_heads", "nodes", "head_dim")),
+                ("scale", ctypes.c_float))
 
 
 def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
@@ -79,16 +89,22 @@ def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
             and q.shape[2] == k.shape[2] and q.numel() > 0)
 
 
-def takes_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def takes_trees(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `Kernel.trees` is made for heads of this kind."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 16 == 0
+
+
+def takes_rotation(x: Tensor, cos: Tensor, sin: Tensor, stepwise: bool = False) -> bool:
     """Whether `Kernel.rotation` is made for these."""
-    return (x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] in HEAD_DIMS
+    return (x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.device.type == "cpu"
+            and x.shape[-1] in (STEPWISE_HEADS if stepwise else HEAD_DIMS)
             and x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous() and x.numel() > 0)
 
 
-def takes_rows(*tensors: Tensor) -> bool:
+def takes_rows(*tensors: Tensor, stepwise: bool = False) -> bool:
     """Whether `Kernel.swiglu` and `Kernel.norm` are made for tensors of such rows."""
-    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= NARROWEST and x.shape[-1] % 16 == 0
-               and x.is_contiguous() and x.numel() > 0 for x in tensors)
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and (x.shape[-1] < NARROWEST) == stepwise
+               and x.shape[-1] % (32 if stepwise else 16) == 0 and x.is_contiguous() and x.numel() > 0 for x in tensors)
 
 
 class Kernel:
@@ -109,6 +125,8 @@ class Kernel:
             self._rotation.argtypes, self._rotation.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._swiglu.argtypes, self._swiglu.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._norm.argtypes, self._norm.restype = [ctypes.c_void_p, ctypes.c_int], None
+            self._trees = library.block_trees
+            self._trees.argtypes, self._trees.restype = [ctypes.c_void_p, ctypes.c_int], None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(q·kᵀ / √d)·v, each position over those up to its own.
@@ -141,29 +159,64 @@ class Kernel:
         self._backward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
         return found
 
-    def rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Each pair (i, i + d/2) of x rotated, rounded once.
+    def trees(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, starts: Tensor, asking: Tensor, positions: Tensor,
+              visible: Tensor) -> Tensor:
+        """softmax(q·kᵀ / √d)·v of sequences without padding, each with the same tree behind it.
 
-        Args: x: (B, H, T, d) bfloat16, d side by side, 64 or 128. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
+        Args:
+            q: (1, H, L, d) bfloat16. k, v: (1, Hkv, N, d), each read by H / Hkv heads of q.  d is a multiple of 16.
+            keys: (S,) int32, rows of k and v that a sequence's queries may see, in order of position, its tree last; sequence
+                after sequence. starts: (G + 1,) int64, where a sequence's keys start.
+            asking: (G + 1,) int64, where a sequence's rows of q start. positions: (L,) int32, of each among its keys.
+            visible: (K, K) bool, True = the row's node of the tree sees the column's.
+
+        Returns: (1, H, L, d) bfloat16, lying as (1, L, H, d).
+        Guarantee: sums in float32; the softmax's weights rounded to bfloat16, as torch's attention does, and the result; a
+            sequence's results depend on no other, nor on threads (tests/kernels/test_trees.py).
+        """
+        (_, heads, length, head_dim), (_, kv_heads, rows, _), groups = q.shape, k.shape, len(starts) - 1
+        shared = (1, kv_heads, rows, head_dim)
+        sizes = starts.diff()
+        if (head_dim % 16 or heads % kv_heads or any(stride % 2 for x in (q, k, v) for stride in x.stride()[1:3])
+                or rows * k.stride(2) >= 2 ** 32):
+            raise ValueError(f"the kernel takes heads of a multiple of 16, query heads a multiple of key/value heads, not {heads} "
+                             f"of {head_dim} and {kv_heads}, or strides {q.stride()}, {k.stride()}")
+        if (groups < 1 or starts[0] or starts[-1] != len(keys) or sizes.min() < max(1, len(visible)) or asking[0]
+                or asking[-1] != length or asking.diff().min() < 0 or keys.min() < 0 or keys.max() >= rows
+                or positions.min() < 0 or bool((positions >= sizes.repeat_interleave(asking.diff())).any())):
+            raise ValueError(f"the kernel takes keys among {rows} rows and positions among a sequence's keys")
+        o = _empty(1, heads, length, head_dim)
+        call = _Trees(_view(q, (1, heads, length, head_dim)), _view(k, shared), _view(v, shared), _view(o, tuple(q.shape)),
+                      _address(keys, (len(keys),), torch.int32), _address(starts, (groups + 1,), torch.int64),
+                      _address(asking, (groups + 1,), torch.int64), _address(positions, (length,), torch.int32),
+                      _address(visible, 2 * (len(visible),), torch.bool), groups, heads, kv_heads, len(visible), head_dim,
+                      head_dim ** -0.5)
+        self._trees(ctypes.byref(call), torch.get_num_threads())
+        return o
+
+    def rotation(self, x: Tensor, cos: Tensor, sin: Tensor, stepwise: bool = False) -> Tensor:
+        """Each pair (i, i + d/2) of x rotated, rounded once; stepwise, each product and each sum, as torch's operations are.
+
+        Args: x: (B, H, T, d) bfloat16, d side by side, 64 or 128, stepwise 32. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
         Returns: (B, H, T, d), lying as (B, T, H, d).
         """
         batch, heads, length, head_dim = x.shape
-        if head_dim not in HEAD_DIMS or cos.shape[0] not in (1, batch):
+        if head_dim not in HEAD_DIMS + STEPWISE_HEADS or cos.shape[0] not in (1, batch):
             raise ValueError(f"the kernel takes heads of {HEAD_DIMS} and cosines of {batch} sequences, or of all, not "
                              f"{tuple(x.shape)} and {tuple(cos.shape)}")
         y, shape, angles = _empty(*x.shape), tuple(x.shape), (cos.shape[0], 1, length, head_dim)
         call = _Rotation(_view(x, shape), _view(y, shape), _address(cos, angles), _address(sin, angles), heads, length,
-                         head_dim, cos.shape[0] == 1)
+                         head_dim, cos.shape[0] == 1, stepwise)
         self._rotation(ctypes.byref(call), batch, torch.get_num_threads())
         return y
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) · up in one pass, rounded once.
+    def swiglu(self, gate: Tensor, up: Tensor, stepwise: bool = False) -> Tensor:
+        """silu(gate) · up in one pass, rounded once; stepwise, silu(gate) as well, to the bits of torch's operations.
 
         Args: gate, up: (..., inner) bfloat16, contiguous, inner a multiple of 16.
         """
         y, shape = torch.empty_like(gate), tuple(gate.shape)
-        call = _SwiGLU(_address(gate, shape), _address(up, shape), None, _address(y, shape))
+        call = _SwiGLU(_address(gate, shape), _address(up, shape), None, _address(y, shape), stepwise=stepwise)
         self._elementwise(call, gate)
         return y
 
@@ -181,15 +234,17 @@ class Kernel:
             raise ValueError(f"the kernel takes rows of a multiple of 16, not {gate.shape[-1]}")
         self._swiglu(ctypes.byref(call), gate.numel(), torch.get_num_threads())
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x / √(mean(x²) + ε) · weight, rounded once.
+    def norm(self, x: Tensor, weight: Tensor, eps: float, stepwise: bool = False) -> tuple[Tensor, Tensor]:
+        """x / √(mean(x²) + ε) · weight, rounded once; stepwise, before the weight as well, to the bits of torch's operations.
 
-        Args: x: (..., size) bfloat16, contiguous, size a multiple of 16. weight: (size,) bfloat16.
+        Args: x: (..., size) bfloat16, contiguous, size a multiple of 16, stepwise of 32. weight: (size,) bfloat16.
         Returns: (..., size) bfloat16, and 1 / √(mean(x²) + ε), (..., 1) float32.
         """
         y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
         call = self._rows(x, weight, inverse)
-        call.y, call.eps = _address(y, tuple(x.shape)), eps
+        call.y, call.eps, call.stepwise = _address(y, tuple(x.shape)), eps, stepwise
+        if stepwise and x.shape[-1] % 32:
+            raise ValueError(f"the kernel takes rows of a multiple of 32, not {x.shape[-1]}")
         self._norm(ctypes.byref(call), torch.get_num_threads())
         return y, inverse
 

@@ -1,5 +1,6 @@
-// What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, and
-// in block_rows.h SwiGLU, RMSNorm and rotations, each with its gradients.  Inputs and results are bfloat16, all arithmetic is float32, each result is rounded once.
+// What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, and in block_rows.h
+// SwiGLU, RMSNorm and rotations, each with its gradients; in block_trees.h attention without padding, forward only.  Inputs and
+// results are bfloat16, all arithmetic is float32, each result is rounded once.
 //
 // Attention is FlashAttention (arXiv 2205.14135, section 3), for rows i, keys j ≤ i and s = 1 / √d:
 //
@@ -27,7 +28,7 @@ extern "C" int block_machine() { return 0; }
 
 #else
 
-#include "block_rows.h"
+#include "block_trees.h"
 
 namespace {
 
@@ -251,6 +252,10 @@ void block_attention_backward(const Attention* a, int head_dim, int threads) {
          [&](int64_t task) { head_dim == 64 ? backward<64>(*a, task) : backward<128>(*a, task); });
 }
 
+void block_trees(const Trees* a, int threads) {
+    deal(threads, a->groups * a->kv_heads, [&](int64_t task) { attend(*a, task); });
+}
+
 // Some 10 µs of work a task; n and the size of a row are multiples of 16.
 void block_swiglu(const SwiGLU* a, int64_t n, int threads) {
     deal(threads, (n + 16383) / 16384, [&](int64_t task) { swiglu(*a, task * 16384, smaller(n, (task + 1) * 16384)); });
@@ -258,7 +263,8 @@ void block_swiglu(const SwiGLU* a, int64_t n, int threads) {
 
 void block_norm(const Norm* a, int threads) {
     deal(threads, (a->rows + 15) / 16, [&](int64_t task) {
-        for (int64_t row = task * 16; row < smaller(a->rows, (task + 1) * 16); ++row) norm(*a, row);
+        for (int64_t row = task * 16; row < smaller(a->rows, (task + 1) * 16); ++row)
+            a->stepwise ? norm_stepwise(*a, row) : norm(*a, row);
     });
 }
 

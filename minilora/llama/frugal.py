@@ -25,15 +25,16 @@ from torch.autograd.function import once_differentiable
 
 from minilora.kernels import block
 from minilora.llama.recompute import remembered
+from minilora.llama.trees import Trees
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _fast(*rows: Tensor) -> block.Kernel | None:
-    """The vector code, where it takes such rows."""
-    return block.kernel() if block.takes_rows(*rows) else None
+def _fast(*rows: Tensor, stepwise: bool = False) -> block.Kernel | None:
+    """The vector code, where it takes such rows: wide ones, or stepwise narrow ones, which it makes to torch's bits."""
+    return block.kernel() if block.takes_rows(*rows, stepwise=stepwise) else None
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,8 +80,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wanted = torch.is_grad_enabled()
     if wanted and x.requires_grad and not weight.requires_grad:
         return _RMSNorm.apply(x, weight, eps)
-    fast = _fast(x, weight) if not (wanted and weight.requires_grad) else None
-    return plain_rms_norm(x, weight, eps) if fast is None else fast.norm(x, weight, eps)[0]
+    if not (wanted and weight.requires_grad):
+        for stepwise in (False, True):
+            if (fast := _fast(x, weight, stepwise=stepwise)) is not None:
+                return fast.norm(x, weight, eps, stepwise)[0]
+    return plain_rms_norm(x, weight, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -105,14 +109,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, both (..., inner)."""
     if gate.requires_grad and up.requires_grad:
         return _SwiGLU.apply(gate, up)
-    fast = None if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad) else _fast(gate, up)
-    return F.silu(gate) * up if fast is None else fast.swiglu(gate, up)
+    if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
+        for stepwise in (False, True):
+            if (fast := _fast(gate, up, stepwise=stepwise)) is not None:
+                return fast.swiglu(gate, up, stepwise)
+    return F.silu(gate) * up
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    fast = block.kernel() if block.takes_rotation(x, cos, sin) else None
-    if fast is not None:
-        return fast.rotation(x, cos, sin)
+    for stepwise in (False, True):
+        if block.takes_rotation(x, cos, sin, stepwise) and (fast := block.kernel()) is not None:
+            return fast.rotation(x, cos, sin, stepwise)
     half = x.shape[-1] // 2
     rotated = x * cos
     if x.is_cuda:           # two passes less, each element rounded twice and not three times
@@ -188,12 +195,14 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return (scores.softmax(-1) @ v.float()).to(q.dtype).view(batch, heads, 1, width)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Trees | None) -> Tensor:
     """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own.
 
-    Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S) or None.
+    Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S), trees, or None.
     Returns: (B, H, T, d); on a CPU where gradients are wanted in float32, but for heads that `kernels.block` takes.
     """
+    if isinstance(mask, Trees):
+        return mask.attention(q, k, v)
     if q.shape[2] == 1 and q.device.type == "cpu" and q.dtype != torch.float32 and not q.requires_grad:
         return _one_query(q, k, v, mask)
     causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
