@@ -43,6 +43,8 @@ from minilora.metrics import normalize_label
 Normalization: TypeAlias = Literal["trie", "full"]
 ROOT = 0
 CHUNK_NODES = 512       # of a trie in one forward call
+BATCH_TOKENS = 4096     # of prompts and trie in one forward call
+WIDE = 1024             # a forest of a narrower model holds as many tokens more: its calls would be short beside what each costs
 
 
 class LabelTrie:
@@ -133,12 +135,14 @@ def tree_chunks(trie: LabelTrie, normalize: Normalization, size: int = CHUNK_NOD
     return chunks
 
 
-def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[Sequence[int]], batch_tokens: int = 4096,
-                 normalize: Normalization = "trie", on_progress: Callable[[int], object] | None = None) -> Tensor:
+def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[Sequence[int]],
+                 batch_tokens: int | None = None, normalize: Normalization = "trie",
+                 on_progress: Callable[[int], object] | None = None) -> Tensor:
     """The log-probability of every label after every prompt.
 
     Args:
-        prompt_ids: token ids of n prompts. batch_tokens: prompt and trie tokens a forward call, padding included.
+        prompt_ids: token ids of n prompts. batch_tokens: prompt and trie tokens a forward call, padding included; default
+            `BATCH_TOKENS`, more for a forest of a narrow model.
         normalize: "trie" or "full", see the module docstring.
         on_progress: called after each batch with its number of prompts (tqdm's ``update`` fits).
 
@@ -149,7 +153,7 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
         CheckpointError: a token id outside the embedding table. DataError: a prompt without tokens.
     Guarantee: equal to scoring each label as a sequence of its own (test_scores_equal_each_label_as_its_own_sequence).
     """
-    if normalize not in ("trie", "full") or batch_tokens < 1:
+    if normalize not in ("trie", "full") or (batch_tokens is not None and batch_tokens < 1):
         raise ConfigError(f"normalize is 'trie' or 'full' and batch_tokens at least 1, not {normalize!r} and {batch_tokens}")
     check_prompts(prompt_ids, model, trie.longest)
     check_ids(trie.tokens[1:], model.model.embed_tokens.num_embeddings)
@@ -161,7 +165,8 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
     with evaluation_mode(model):
         if len(chunks) == 1 and chunks[0].readers and grows_on(model):
             waiting = []
-            for forest in forests(prompt_ids, chunks[0], batch_tokens):
+            rows = batch_tokens or BATCH_TOKENS * max(1, WIDE // model.config.hidden_size)
+            for forest in forests(prompt_ids, chunks[0], rows):
                 hidden = model.hidden(forest.input_ids, forest.trees, forest.position_ids, at=forest.at)[0]
                 steps = torch.zeros(len(forest.prompts), len(trie.tokens))
                 _read_steps(model, trie, chunks[0], hidden.view(len(steps), -1, hidden.shape[-1]), normalize, steps)
@@ -170,7 +175,7 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
                     on_progress(len(forest.prompts))
         while waiting:
             longest = len(prompt_ids[waiting[0]])
-            indices = waiting[: max(1, batch_tokens // (longest + widest))]
+            indices = waiting[: max(1, (batch_tokens or BATCH_TOKENS) // (longest + widest))]
             prompts = [list(prompt_ids[index]) for index in indices]
             windows = set(model.config.sliding_windows)
             if len(windows) > 1 and any(w is not None and w < longest + trie.longest for w in windows):
@@ -274,7 +279,7 @@ def _sum_over_paths(trie: LabelTrie, steps: Tensor, normalize: Normalization) ->
 
 
 def predict_labels(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt_ids: Sequence[Sequence[int]],
-                   labels: LabelTrie | Sequence[str], batch_tokens: int = 4096, normalize: Normalization = "trie",
+                   labels: LabelTrie | Sequence[str], batch_tokens: int | None = None, normalize: Normalization = "trie",
                    on_progress: Callable[[int], object] | None = None) -> tuple[list[str], Tensor, list[str | None]]:
     """The most probable label after every prompt.
 

@@ -18,9 +18,14 @@ inline Floats sigmoid(Floats x) { return all(1.0f) / (all(1.0f) + exp2(x * all(-
 
 void swiglu(const SwiGLU& a, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += 16) {
-        Floats gate = widen(a.gate + i), up = widen(a.up + i), share = sigmoid(gate);
+        Floats gate = widen(a.gate + i), up = widen(a.up + i);
+        if (a.stepwise) {
+            narrow(a.y + i, rounded(gate / (all(1.0f) + exp2(gate * all(-LOG2_E)))) * up);
+            continue;
+        }
+        Floats share = sigmoid(gate);
         if (!a.d_y) {
-            narrow(a.y + i, (a.stepwise ? rounded(gate / (all(1.0f) + exp2(gate * all(-LOG2_E)))) : gate * share) * up);
+            narrow(a.y + i, gate * share * up);
             continue;
         }
         Floats d_y = widen(a.d_y + i);

@@ -23,9 +23,9 @@ struct Trees {
     float scale;
 };
 
-const int TREE_ROWS = 4;
+const int TREE_ROWS = 8;
 
-// out (4, columns) = A b, A's rows given as pairs, b (pairs, columns), `columns` a multiple of 16.
+// out (8, columns) = A b, A's rows given as pairs, b (pairs, columns), `columns` a multiple of 16.
 template <int ACROSS> INLINE void pair_rows(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t columns, float* out) {
     Floats sum[TREE_ROWS][ACROSS] = {};
     for (int64_t p = 0; p < pairs; ++p) {
@@ -43,11 +43,7 @@ template <int ACROSS> INLINE void pair_rows(const uint32_t* const* a, int64_t pa
 // The first `wanted` columns of it, a multiple of 16.
 inline void pair_rows(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t columns, int64_t wanted, float* out) {
     int64_t c = 0;
-    for (; c + 64 <= wanted; c += 64) pair_rows<4>(a, pairs, b + c, columns, out + c);
-    if (c + 32 <= wanted) {
-        pair_rows<2>(a, pairs, b + c, columns, out + c);
-        c += 32;
-    }
+    for (; c + 32 <= wanted; c += 32) pair_rows<2>(a, pairs, b + c, columns, out + c);
     if (c < wanted) pair_rows<1>(a, pairs, b + c, columns, out + c);
 }
 
@@ -64,7 +60,19 @@ INLINE Floats quick_exp(Floats x) {
     return _mm512_mask_mov_ps(_mm512_castsi512_ps(bits), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);    // NaN stays NaN
 }
 
-inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+// `narrow` for numbers that are zero or above 2⁻¹²⁶, or NaN.
+INLINE void narrow_normal(uint16_t* to, Floats v) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(v));
+#else
+    narrow(to, v);
+#endif
+}
+
+inline __mmask16 first_of_16(int64_t count) {                    // without a branch: where rows end differs from each to the next
+    count = count < 16 ? count : 16;
+    return (__mmask16)((1u << (count > 0 ? count : 0)) - 1);
+}
 
 // Keys `rows[0 … count]` of one head -> (d / 2, columns), zeros behind the last.
 inline void lay_keys(const View& k, int64_t head, const int32_t* rows, int64_t count, int64_t d, int64_t columns, uint32_t* to) {
@@ -137,7 +145,7 @@ inline void attend(const Trees& a, int64_t task) {
             const Floats largest = all(_mm512_reduce_max_ps(top));
             for (int64_t c = 0; c < wanted; c += 16) {
                 Floats weight = _mm512_maskz_mov_ps(mask(c), quick_exp(load(scores + c) * scale - largest));
-                narrow(weights.data + r * columns + c, weight);
+                narrow_normal(weights.data + r * columns + c, weight);
                 sum += weight;
             }
             total[r] = _mm512_reduce_add_ps(sum);
