@@ -44,7 +44,7 @@ Normalization: TypeAlias = Literal["trie", "full"]
 ROOT = 0
 CHUNK_NODES = 512       # of a trie in one forward call
 BATCH_TOKENS = 4096     # of prompts and trie in one forward call
-WIDE = 1024             # a forest of a narrower model holds as many tokens more: its calls would be short beside what each costs
+WIDE = 1024             # of a narrower model a call holds as many times more, or it were short beside what each costs
 
 
 class LabelTrie:

@@ -37,7 +37,8 @@ class _Attention(ctypes.Structure):
 class _SwiGLU(ctypes.Structure):
     """`struct SwiGLU` of block_rows.h."""
 
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up")), ("stepwise", ctypes.c_int64))
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up")),
+                ("stepwise", ctypes.c_int64))
 
 
 class _Norm(ctypes.Structure):
@@ -175,16 +176,15 @@ class Kernel:
             sequence's results depend on no other, nor on threads (tests/kernels/test_trees.py).
         """
         (_, heads, length, head_dim), (_, kv_heads, rows, _), groups = q.shape, k.shape, len(starts) - 1
-        shared = (1, kv_heads, rows, head_dim)
-        sizes = starts.diff()
-        if (head_dim % 16 or heads % kv_heads or any(stride % 2 for x in (q, k, v) for stride in x.stride()[1:3])
-                or rows * k.stride(2) >= 2 ** 32):
-            raise ValueError(f"the kernel takes heads of a multiple of 16, query heads a multiple of key/value heads, not {heads} "
-                             f"of {head_dim} and {kv_heads}, or strides {q.stride()}, {k.stride()}")
-        if (groups < 1 or starts[0] or starts[-1] != len(keys) or sizes.min() < max(1, len(visible)) or asking[0]
-                or asking[-1] != length or asking.diff().min() < 0 or keys.min() < 0 or keys.max() >= rows
-                or positions.min() < 0 or bool((positions >= sizes.repeat_interleave(asking.diff())).any())):
-            raise ValueError(f"the kernel takes keys among {rows} rows and positions among a sequence's keys")
+        shared, sizes, asked = (1, kv_heads, rows, head_dim), starts.diff(), asking.diff()
+        if head_dim % 16 or heads % kv_heads or k.stride(1) % 2 or k.stride(2) % 2 or rows * k.stride(2) >= 2 ** 32:
+            raise ValueError(f"the kernel takes heads of a multiple of 16, query heads a multiple of key/value heads, and keys "
+                             f"that lie in pairs, not {heads} of {head_dim} and {kv_heads} with strides {k.stride()}")
+        if (groups < 1 or starts[0] or starts[-1] != len(keys) or sizes.min() <= len(visible) or asking[0]
+                or asking[-1] != length or asked.min() < 0 or keys.min() < 0 or keys.max() >= rows
+                or positions.min() < 0 or bool((positions >= sizes.repeat_interleave(asked)).any())):
+            raise ValueError(f"the kernel takes keys among {rows} rows, more than the tree's {len(visible)} a sequence, and "
+                             "positions among a sequence's keys")
         o = _empty(1, heads, length, head_dim)
         call = _Trees(_view(q, (1, heads, length, head_dim)), _view(k, shared), _view(v, shared), _view(o, tuple(q.shape)),
                       _address(keys, (len(keys),), torch.int32), _address(starts, (groups + 1,), torch.int64),
@@ -197,7 +197,7 @@ class Kernel:
     def rotation(self, x: Tensor, cos: Tensor, sin: Tensor, stepwise: bool = False) -> Tensor:
         """Each pair (i, i + d/2) of x rotated, rounded once; stepwise, each product and each sum, as torch's operations are.
 
-        Args: x: (B, H, T, d) bfloat16, d side by side, 64 or 128, stepwise 32. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
+        Args: x: (B, H, T, d) bfloat16, d side by side: 32, 64 or 128. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
         Returns: (B, H, T, d), lying as (B, T, H, d).
         """
         batch, heads, length, head_dim = x.shape

@@ -200,7 +200,7 @@ class LlamaForCausalLM(nn.Module):
         past = cache.length if cache is not None else 0
         _check_ids(input_ids, self.model.embed_tokens.num_embeddings)
         batch, length = input_ids.shape
-        if isinstance(attention_mask, Tensor):
+        if attention_mask is not None:
             _check_mask(attention_mask, batch, length, past)
         if position_ids is None:
             if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
@@ -241,7 +241,13 @@ def _check_ids(input_ids: Tensor, rows: int) -> None:
                                   "--pad-vocab")
 
 
-def _check_mask(attention_mask: Tensor, batch: int, length: int, past: int) -> None:
+def _check_mask(attention_mask: Tensor | Trees, batch: int, length: int, past: int) -> None:
+    if isinstance(attention_mask, Trees):
+        rows = len(attention_mask.asking.positions)
+        if (batch, past, length) != (1, 0, rows):
+            raise ConfigError(f"trees of {rows} rows are one sequence of as many tokens without a cache, not {batch} of "
+                              f"{length} behind {past}")
+        return
     shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ()
     if len(shape) not in (2, 4) or shape[0] not in (1, batch) or (len(shape) == 4 and attention_mask.dtype != torch.bool):
         found = f"{attention_mask.dtype} {shape}" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__

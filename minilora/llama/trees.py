@@ -71,7 +71,7 @@ class Trees:
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q·kᵀ / √d)·v: q (1, H, L, d), k and v (1, Hkv, N, d) -> (1, H, L, d).
 
-        Guarantee: what torch's attention gives with `mask` (tests/llama/test_trees.py).
+        Guarantee: what torch's attention gives with `mask` (tests/kernels/test_trees.py).
         """
         if not block.takes_trees(q.shape[-1], q.dtype, q.device) or (kernel := block.kernel()) is None:
             mask = self.mask(k.shape[2]).to(q.device)
