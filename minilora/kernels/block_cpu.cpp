@@ -1,6 +1,7 @@
 // What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, and in block_rows.h
-// SwiGLU, RMSNorm and rotations, each with its gradients; in block_trees.h attention without padding, forward only.  Inputs and
-// results are bfloat16, all arithmetic is float32, each result is rounded once.
+// SwiGLU, RMSNorm and rotations, each with its gradients; forward only, attention of one position in block_query.h and of
+// sequences without padding in block_trees.h.  Inputs and results are bfloat16, all arithmetic is float32, each result is
+// rounded once, where nothing else is said.
 //
 // Attention is FlashAttention (arXiv 2205.14135, section 3), for rows i, keys j ≤ i and s = 1 / √d:
 //
@@ -28,6 +29,7 @@ extern "C" int block_machine() { return 0; }
 
 #else
 
+#include "block_query.h"
 #include "block_trees.h"
 
 namespace {
@@ -254,6 +256,10 @@ void block_attention_backward(const Attention* a, int head_dim, int threads) {
 
 void block_trees(const Trees* a, int threads) {
     deal(threads, a->groups * a->kv_heads, [&](int64_t task) { attend(*a, task); });
+}
+
+void block_query(const Query* a, int threads) {
+    deal(threads, a->batch * a->kv_heads, [&](int64_t task) { a->head_dim == 64 ? query<64>(*a, task) : query<128>(*a, task); });
 }
 
 // Some 10 µs of work a task; n and the size of a row are multiples of 16.

@@ -2,6 +2,8 @@
 //
 // `stepwise` forms, forward only, round where a chain of torch's operations would, and give its bits (tests/kernels/test_block.py).
 
+#pragma once
+
 #include "block_vectors.h"
 
 namespace {

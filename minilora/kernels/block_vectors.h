@@ -1,5 +1,7 @@
 // Sixteen float32 in a register of AVX-512, bfloat16 to and from them, and tasks for torch's threads: what block_cpu.cpp needs.
 
+#pragma once
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

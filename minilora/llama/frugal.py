@@ -204,7 +204,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Trees | None) -> T
     if isinstance(mask, Trees):
         return mask.attention(q, k, v)
     if q.shape[2] == 1 and q.device.type == "cpu" and q.dtype != torch.float32 and not q.requires_grad:
-        return _one_query(q, k, v, mask)
+        wanted = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        fast = block.kernel() if block.takes_query(q, k, v) and not wanted else None
+        return _one_query(q, k, v, mask) if fast is None else fast.query(q, k, v, mask)
     causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     fast = block.kernel() if causal and block.takes_attention(q, k, v) else None
     if fast is not None:
