@@ -259,7 +259,7 @@ void block_trees(const Trees* a, int threads) {
 }
 
 void block_query(const Query* a, int threads) {
-    deal(threads, a->batch * a->kv_heads, [&](int64_t task) { a->head_dim == 64 ? query<64>(*a, task) : query<128>(*a, task); });
+    deal(threads, a->batch * a->kv_heads, [&](int64_t task) { query(*a, task); });
 }
 
 // Some 10 µs of work a task; n and the size of a row are multiples of 16.

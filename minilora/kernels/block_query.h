@@ -28,22 +28,22 @@ INLINE Floats sums(Floats* v) {
     return _mm512_shuffle_ps(v[0], v[1], 0x88) + _mm512_shuffle_ps(v[0], v[1], 0xdd);
 }
 
-template <int D> INLINE void query_scores(const Query& a, int64_t b, int64_t shared, const uint16_t* q, int64_t from, float* to) {
-    Floats part[16];
-    UNROLL for (int i = 0; i < 16; ++i) {
-        const uint16_t* key = a.k.rows(b, shared, smaller(from + IN_PLACE[i], a.length - 1));
-        part[i] = Floats{};
-        UNROLL for (int c = 0; c < D; c += 32)
-            part[i] = add_pairs(part[i], _mm512_loadu_si512(key + c), _mm512_loadu_si512(q + c));
+inline void query_scores(const Query& a, int64_t b, int64_t shared, const uint16_t* q, int64_t from, float* to) {
+    const uint16_t* key[16];
+    UNROLL for (int i = 0; i < 16; ++i) key[i] = a.k.rows(b, shared, smaller(from + IN_PLACE[i], a.length - 1));
+    Floats part[16] = {};
+    for (int64_t c = 0; c < a.head_dim; c += 32) {
+        const Words one = _mm512_loadu_si512(q + c);
+        UNROLL for (int i = 0; i < 16; ++i) part[i] = add_pairs(part[i], _mm512_loadu_si512(key[i] + c), one);
     }
     store(to, sums(part) * all(a.scale * LOG2_E));
 }
 
 // o rows of HEADS heads = weights (heads, columns) · V, over their totals.
-template <int D, int HEADS>
+template <int HEADS>
 void query_values(const Query& a, int64_t b, int64_t head, int64_t shared, const float* weights, int64_t columns,
                   const float* total) {
-    for (int c0 = 0; c0 < D; c0 += 64) {
+    for (int64_t c0 = 0; c0 < a.head_dim; c0 += 64) {
         Floats sum[HEADS][4] = {};
         for (int64_t t = 0; t < a.length; ++t) {
             const uint16_t* from = a.v.rows(b, shared, t) + c0;
@@ -59,7 +59,7 @@ void query_values(const Query& a, int64_t b, int64_t head, int64_t shared, const
     }
 }
 
-template <int D> void query(const Query& a, int64_t task) {
+inline void query(const Query& a, int64_t task) {
     const int64_t b = task / a.kv_heads, shared = task % a.kv_heads, each = a.heads / a.kv_heads, head = shared * each;
     const int64_t columns = (a.length + 15) / 16 * 16;
     Scratch<float> weights(each * columns), total(each);
@@ -69,7 +69,7 @@ template <int D> void query(const Query& a, int64_t task) {
         seen.data[t / 16] |= (__mmask16)((!a.mask || a.mask[b * a.mask_row + t]) << t % 16);
     for (int64_t c = 0; c < columns; c += 16)
         for (int64_t h = 0; h < each; ++h)
-            query_scores<D>(a, b, shared, a.q.rows(b, head + h, 0), c, weights.data + h * columns + c);
+            query_scores(a, b, shared, a.q.rows(b, head + h, 0), c, weights.data + h * columns + c);
     for (int64_t h = 0; h < each; ++h) {
         float* row = weights.data + h * columns;
         Floats top = all(-__builtin_inff()), sum = {};
@@ -84,7 +84,7 @@ template <int D> void query(const Query& a, int64_t task) {
     }
     for (int64_t h = 0; h < each;) {
         const int64_t left = each - h, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        const auto values = count == 4 ? query_values<D, 4> : count == 2 ? query_values<D, 2> : query_values<D, 1>;
+        const auto values = count == 4 ? query_values<4> : count == 2 ? query_values<2> : query_values<1>;
         values(a, b, head + h, shared, weights.data + h * columns, columns, total.data + h);
         h += count;
     }
