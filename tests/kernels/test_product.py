@@ -94,7 +94,8 @@ def test_blocks_of_zeros_give_zero(kernel: Kernel) -> None:
         assert (product(kernel, q, torch.ones(2, 128, dtype=dtype)) == 0).all()
 
 
-@given(out=st.sampled_from((1, 5, 6, 7, 200)), columns=st.sampled_from((1, 31, 32, 33, 96, 2048, 2057)), rows=st.integers(1, 16))
+@given(out=st.sampled_from((1, 5, 6, 7, 200)), columns=st.sampled_from((1, 31, 32, 33, 96, 2048, 2057)),
+       rows=st.integers(1, 16))
 def test_dense_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, out: int, columns: int, rows: int) -> None:
     if rows > kernel.dense_rows:
         with pytest.raises(ValueError, match=f"1 to {kernel.dense_rows} rows"):
