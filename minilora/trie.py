@@ -16,8 +16,9 @@ exact for all labels at once; greedy descent is not: the branch with the larger 
 
 Tree attention (SpecInfer, arXiv 2305.09781, section 4.2) makes it one call: the trie's nodes stand behind the prompt as
 extra tokens; a node sees the prompt, its ancestors and itself, and its position is prompt length + depth.  Only nodes
-whose scores are read, and their ancestors, are computed.  A large trie goes through in chunks, with the prompt in the
-key/value cache and the few ancestors that a chunk lacks computed again.
+whose scores are read, and their ancestors, are computed.  Where vector code takes such a layout, all prompts of a call lie in
+it without padding, and what they begin with alike once (`forest`); else they are padded.  A large trie goes through in chunks,
+with the prompt in the key/value cache and the few ancestors that a chunk lacks computed again.
 
 Sliding windows: exact where all layers have the same one, or where the sequence fits in all; a model whose layers differ
 and whose window is exceeded scores each label as a sequence of its own.

@@ -1,6 +1,7 @@
 // What is done to each row by itself, one pass forward and one backward: SwiGLU, RMSNorm and the rotation of heads.
 //
-// `stepwise` forms, forward only, round where a chain of torch's operations would, and give its bits (tests/kernels/test_block.py).
+// `stepwise` forms, forward only, round where a chain of torch's operations does, and give its bits
+// (tests/kernels/test_block.py).
 
 #pragma once
 

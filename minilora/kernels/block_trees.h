@@ -26,7 +26,8 @@ struct Trees {
 const int TREE_ROWS = 8;
 
 // out (8, columns) = A b, A's rows given as pairs, b (pairs, columns), `columns` a multiple of 16.
-template <int ACROSS> INLINE void pair_rows(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t columns, float* out) {
+template <int ACROSS>
+INLINE void pair_rows(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t columns, float* out) {
     Floats sum[TREE_ROWS][ACROSS] = {};
     for (int64_t p = 0; p < pairs; ++p) {
         Words column[ACROSS];
@@ -41,7 +42,8 @@ template <int ACROSS> INLINE void pair_rows(const uint32_t* const* a, int64_t pa
 }
 
 // The first `wanted` columns of it, a multiple of 16.
-inline void pair_rows(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t columns, int64_t wanted, float* out) {
+inline void pair_rows(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t columns, int64_t wanted,
+                      float* out) {
     int64_t c = 0;
     for (; c + 32 <= wanted; c += 32) pair_rows<2>(a, pairs, b + c, columns, out + c);
     if (c < wanted) pair_rows<1>(a, pairs, b + c, columns, out + c);
@@ -69,20 +71,22 @@ INLINE void narrow_normal(uint16_t* to, Floats v) {
 #endif
 }
 
-inline __mmask16 first_of_16(int64_t count) {                    // without a branch: where rows end differs from each to the next
+inline __mmask16 first_of_16(int64_t count) {                   // without a branch: each row ends elsewhere than the one before
     count = count < 16 ? count : 16;
     return (__mmask16)((1u << (count > 0 ? count : 0)) - 1);
 }
 
 // Keys `rows[0 … count]` of one head -> (d / 2, columns), zeros behind the last.
-inline void lay_keys(const View& k, int64_t head, const int32_t* rows, int64_t count, int64_t d, int64_t columns, uint32_t* to) {
+inline void lay_keys(const View& k, int64_t head, const int32_t* rows, int64_t count, int64_t d, int64_t columns,
+                     uint32_t* to) {
     const Words step = _mm512_set1_epi32((int)(k.row / 2));
     for (int64_t t = 0; t < columns; t += 16) {
         const __mmask16 real = first_of_16(count - t);
         const Words place = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(real, rows + t), step);
         const uint32_t* from = (const uint32_t*)k.rows(0, head, 0);
         for (int64_t p = 0; p < d / 2; ++p)
-            _mm512_storeu_si512(to + p * columns + t, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), real, place, from + p, 4));
+            _mm512_storeu_si512(to + p * columns + t,
+                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), real, place, from + p, 4));
     }
 }
 

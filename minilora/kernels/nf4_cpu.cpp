@@ -96,10 +96,10 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
             typename E::type* piece = to + (s * rows + r) * COUNT;
             const int64_t count = smaller(COUNT, ceil_div(p.in - start, by));
 #if defined(__AVX512F__)
-            if (split && sizeof(From) == 2 && sizeof *piece == 2 && count == COUNT && COUNT == 32) {     // bfloat16, as pairs
+            if (split && sizeof(From) == 2 && sizeof *piece == 2 && count == 32) {      // of pairs the low or the high halves
                 for (int half = 0; half < 2; ++half) {
                     const __m512i pairs = _mm512_loadu_si512(from - s % 2 + 32 * half);
-                    _mm256_storeu_si256((__m256i*)piece + half, _mm512_cvtepi32_epi16(s % 2 ? _mm512_srli_epi32(pairs, 16) : pairs));
+                    _mm256_storeu_si256((__m256i*)piece + half, _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, s % 2 * 16)));
                 }
                 continue;
             }

@@ -4,7 +4,9 @@ Autograd keeps whatever a formula's derivative mentions, in the type it was comp
 attention three float32 copies, of silu(gate) · up three tensors where two would do.  These functions keep their inputs as
 they came and work out the rest again: bytes saved at the price of a few cheap passes.  Values and gradients are those of
 autograd's own formulas, to the bit (tests/llama/test_frugal.py); but where `kernels.block` has vector code for them (bfloat16
-on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.
+on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.  Without
+gradients that code serves narrow rows and heads of 32 too, to the bits of the formulas, attention of one position a sequence,
+and attention over trees (`trees`).
 
     norm        x in 16 bits and 1/rms                              instead of x in 32
     SwiGLU      gate and up                                         silu(gate) is worked out again
