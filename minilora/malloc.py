@@ -2,7 +2,8 @@
 
 Training makes and drops the same tensors every step.  glibc gives the end of its heap back to the system as soon as some
 megabytes of it are free, and takes it anew a moment later: page by page, filled with zeros, at a tenth of the speed at which
-memory that was used before is written.  Told to keep it, a step is 4 % faster, and its peak is the same.
+memory that was used before is written.  Told to keep it, a step is 4 % faster, and its peak is the same; scoring, whose layers
+make and drop the same tensors, is a fifth faster.
 """
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ from minilora.layers.qlora import Quantization
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
+from minilora.malloc import keep_freed_memory
 from minilora.trie import LabelTrie, score_labels
 
 FREE_TOKENS = 48        # longest free answer
@@ -123,6 +124,7 @@ class Predictor:
             raise CheckpointError(f"{run / EXTRA_FILE}: template must be a text and max_length a whole number")
         prompt = load_template(template) if template else Template(f"of {run}", written)
         tokenizer = read_tokenizer(folder)
+        keep_freed_memory()
         four_bit = quantize == "nf4" or (quantize == "auto" and stored is not None)
         how = stored or Quantization()
         loaded = load_model(folder, quantize="nf4" if four_bit else None, double_quant=how.double_quant,

@@ -16,8 +16,9 @@ exact for all labels at once; greedy descent is not: the branch with the larger 
 
 Tree attention (SpecInfer, arXiv 2305.09781, section 4.2) makes it one call: the trie's nodes stand behind the prompt as
 extra tokens; a node sees the prompt, its ancestors and itself, and its position is prompt length + depth.  Only nodes
-whose scores are read, and their ancestors, are computed.  A large trie goes through in chunks, with the prompt in the
-key/value cache and the few ancestors that a chunk lacks computed again.
+whose scores are read, and their ancestors, are computed.  Where vector code takes such a layout, all prompts of a call lie in
+it without padding, and what they begin with alike once (`forest`); else they are padded.  A large trie goes through in chunks,
+with the prompt in the key/value cache and the few ancestors that a chunk lacks computed again.
 
 Sliding windows: exact where all layers have the same one, or where the sequence fits in all; a model whose layers differ
 and whose window is exceeded scores each label as a sequence of its own.
@@ -25,7 +26,6 @@ and whose window is exceeded scores each label as a sequence of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from minilora.data.prompts import check_ids, encode_label
 from minilora.data.tables import MAX_LABELS
 from minilora.errors import ConfigError, DataError
+from minilora.forest import TreeChunk, forests, grows_on
 from minilora.generate import cache_for, check_prompts, evaluation_mode, shared_beginning
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
@@ -43,6 +44,8 @@ from minilora.metrics import normalize_label
 Normalization: TypeAlias = Literal["trie", "full"]
 ROOT = 0
 CHUNK_NODES = 512       # of a trie in one forward call
+BATCH_TOKENS = 4096     # of prompts and trie in one forward call
+WIDE = 1024             # of a narrower model a call holds as many times more, or it were short beside what each costs
 
 
 class LabelTrie:
@@ -104,22 +107,6 @@ class LabelTrie:
         return [node for node, children in enumerate(self.children) if len(children) >= least]
 
 
-@dataclass(frozen=True)
-class TreeChunk:
-    """Some of a trie's nodes, to be computed in one forward call behind the prompt.
-
-    Attributes:
-        tokens, depths: (K,) int64; a label's first token has depth 0.
-        visible: (K, K) bool, True = the row's node may attend to the column's: its ancestors and itself.
-        readers: (slot in this chunk, node) whose scores are read; the root has slot -1.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    visible: Tensor
-    readers: list[tuple[int, int]]
-
-
 def tree_chunks(trie: LabelTrie, normalize: Normalization, size: int = CHUNK_NODES,
                 device: torch.device | str = "cpu") -> list[TreeChunk]:
     """Cut the nodes that are needed into chunks of `size`, each with its first node's ancestors in front."""
@@ -149,12 +136,14 @@ def tree_chunks(trie: LabelTrie, normalize: Normalization, size: int = CHUNK_NOD
     return chunks
 
 
-def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[Sequence[int]], batch_tokens: int = 4096,
-                 normalize: Normalization = "trie", on_progress: Callable[[int], object] | None = None) -> Tensor:
+def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[Sequence[int]],
+                 batch_tokens: int | None = None, normalize: Normalization = "trie",
+                 on_progress: Callable[[int], object] | None = None) -> Tensor:
     """The log-probability of every label after every prompt.
 
     Args:
-        prompt_ids: token ids of n prompts. batch_tokens: prompt and trie tokens a forward call, padding included.
+        prompt_ids: token ids of n prompts. batch_tokens: prompt and trie tokens a forward call, padding included; default
+            `BATCH_TOKENS`, more for a forest of a narrow model.
         normalize: "trie" or "full", see the module docstring.
         on_progress: called after each batch with its number of prompts (tqdm's ``update`` fits).
 
@@ -165,7 +154,7 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
         CheckpointError: a token id outside the embedding table. DataError: a prompt without tokens.
     Guarantee: equal to scoring each label as a sequence of its own (test_scores_equal_each_label_as_its_own_sequence).
     """
-    if normalize not in ("trie", "full") or batch_tokens < 1:
+    if normalize not in ("trie", "full") or (batch_tokens is not None and batch_tokens < 1):
         raise ConfigError(f"normalize is 'trie' or 'full' and batch_tokens at least 1, not {normalize!r} and {batch_tokens}")
     check_prompts(prompt_ids, model, trie.longest)
     check_ids(trie.tokens[1:], model.model.embed_tokens.num_embeddings)
@@ -175,9 +164,19 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
     # Longest first: where memory is short, the first batch tells.
     waiting = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
     with evaluation_mode(model):
+        if len(chunks) == 1 and chunks[0].readers and grows_on(model):
+            waiting = []
+            rows = batch_tokens or BATCH_TOKENS * max(1, WIDE // model.config.hidden_size)
+            for forest in forests(prompt_ids, chunks[0], rows):
+                hidden = model.hidden(forest.input_ids, forest.trees, forest.position_ids, at=forest.at)[0]
+                steps = torch.zeros(len(forest.prompts), len(trie.tokens))
+                _read_steps(model, trie, chunks[0], hidden.view(len(steps), -1, hidden.shape[-1]), normalize, steps)
+                scores[forest.prompts] = _sum_over_paths(trie, steps, normalize)
+                if on_progress is not None:
+                    on_progress(len(forest.prompts))
         while waiting:
             longest = len(prompt_ids[waiting[0]])
-            indices = waiting[: max(1, batch_tokens // (longest + widest))]
+            indices = waiting[: max(1, (batch_tokens or BATCH_TOKENS) // (longest + widest))]
             prompts = [list(prompt_ids[index]) for index in indices]
             windows = set(model.config.sliding_windows)
             if len(windows) > 1 and any(w is not None and w < longest + trie.longest for w in windows):
@@ -218,10 +217,17 @@ def _steps_by_tree(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeCh
         at = torch.stack(read, dim=1) if read else None                                           # (B, readers)
         mask = _tree_mask(lengths, longest, chunk.visible, positions, window)[:, :, done:]
         hidden = model.hidden(input_ids[:, done:], mask, positions[:, done:], cache, at)          # (B, readers, hidden)
-        for states, (_, node) in zip(hidden.unbind(1) if read else (), chunk.readers, strict=True):
-            tokens = [trie.tokens[child] for child in trie.children[node]]
-            steps[:, trie.children[node]] = _next_log_probs(model, states, tokens, normalize)
+        if read:
+            _read_steps(model, trie, chunk, hidden, normalize, steps)
     return steps
+
+
+def _read_steps(model: LlamaForCausalLM, trie: LabelTrie, chunk: TreeChunk, hidden: Tensor, normalize: Normalization,
+                steps: Tensor) -> None:
+    """Write into steps (B, nodes) what the states of a chunk's readers, (B, readers, hidden), say of their children."""
+    for states, (_, node) in zip(hidden.unbind(1), chunk.readers, strict=True):
+        tokens = [trie.tokens[child] for child in trie.children[node]]
+        steps[:, trie.children[node]] = _next_log_probs(model, states, tokens, normalize)
 
 
 def _tree_mask(lengths: Tensor, longest: int, visible: Tensor, positions: Tensor, window: int | None) -> Tensor:
@@ -274,7 +280,7 @@ def _sum_over_paths(trie: LabelTrie, steps: Tensor, normalize: Normalization) ->
 
 
 def predict_labels(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt_ids: Sequence[Sequence[int]],
-                   labels: LabelTrie | Sequence[str], batch_tokens: int = 4096, normalize: Normalization = "trie",
+                   labels: LabelTrie | Sequence[str], batch_tokens: int | None = None, normalize: Normalization = "trie",
                    on_progress: Callable[[int], object] | None = None) -> tuple[list[str], Tensor, list[str | None]]:
     """The most probable label after every prompt.
 

@@ -28,6 +28,14 @@ def load(folder: Path, **overrides: object) -> tuple[LlamaForCausalLM, Tokenizer
     return load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
 
 
+@pytest.fixture(autouse=True, params=["padded", "forest"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All of this file in both forms of a forward call; in float32 a forest takes torch's attention with a mask."""
+    monkeypatch.setattr(minilora.trie, "grows_on", lambda model: request.param == "forest" and
+                        all(window is None for window in model.config.sliding_windows))
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Tokenizer]:
     return load(tmp_path_factory.mktemp("model"))

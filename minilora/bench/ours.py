@@ -132,6 +132,7 @@ def score(task: Task) -> Callable[[], object]:
     model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
     prompts, labels = scored_notes(task)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
+    keep_freed_memory()                 # as `predict` and `evaluate` do
     return lambda: predict_labels(model, tokenizer, ids, labels)
 
 

@@ -11,66 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilora.kernels.block_calls import Attention, Norm, Query, Rotation, SwiGLU, Trees, address, empty, view
 from minilora.kernels.build import NATIVE, at_first_call, load
 
 SOURCE = Path(__file__).with_name("block_cpu.cpp")
 HEAD_DIMS = (64, 128)               # those that the attention is compiled for: whole tiles of 64
-# Narrower rows keep torch's operations, and with them torch's bits: figures that are published hang on those of the small model
-# that ships (256 and 512 wide), and at such widths there is nothing to gain.
+# Narrower rows and heads keep torch's bits: figures that are published hang on those of the small model that ships (256 and 512
+# wide, heads of 32).  The stepwise forms give these bits too, forward only.
 NARROWEST = 768
-
-
-class _View(ctypes.Structure):
-    """`struct View` of block_rows.h."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64))
-
-
-class _Attention(ctypes.Structure):
-    """`struct Attention` of block_cpu.cpp."""
-
-    _fields_ = (*((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "length")), ("scale", ctypes.c_float),
-                *((name, _View) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")), ("log_sum", ctypes.c_void_p))
-
-
-class _SwiGLU(ctypes.Structure):
-    """`struct SwiGLU` of block_rows.h."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("gate", "up", "d_y", "y", "d_gate", "d_up"))
-
-
-class _Norm(ctypes.Structure):
-    """`struct Norm` of block_rows.h."""
-
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "d_y", "y", "d_x", "inverse")),
-                ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("eps", ctypes.c_float))
-
-
-class _Rotation(ctypes.Structure):
-    """`struct Rotation` of block_rows.h."""
-
-    _fields_ = (("x", _View), ("y", _View), ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p),
-                *((name, ctypes.c_int64) for name in ("heads", "length", "head_dim", "same")))
-
-
-def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
-    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or x.device.type != "cpu":
-        raise ValueError(f"the kernel takes contiguous {dtype} {shape} on the CPU, not {x.dtype} {tuple(x.shape)} with strides "
-                         f"{x.stride()} on {x.device}")
-    return x.data_ptr()
-
-
-def _view(x: Tensor, shape: tuple[int, ...]) -> _View:
-    """Where the elements lie; C code believes what it is told, so what it can't read stops here."""
-    if x.dtype != torch.bfloat16 or x.shape != shape or x.stride(-1) != 1 or x.device.type != "cpu":
-        raise ValueError(f"the kernel takes bfloat16 {shape} with adjacent columns on the CPU, not {x.dtype} {tuple(x.shape)} "
-                         f"with strides {x.stride()} on {x.device}")
-    return _View(x.data_ptr(), *x.stride()[:3])
-
-
-def _empty(batch: int, heads: int, length: int, head_dim: int) -> Tensor:
-    """(B, H, T, d) that lies as (B, T, H, d), as projections want it."""
-    return torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
+STEPWISE_HEADS = (32,)
 
 
 def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -79,16 +28,28 @@ def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
             and q.shape[2] == k.shape[2] and q.numel() > 0)
 
 
-def takes_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def takes_query(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `Kernel.query` is made for these."""
+    return (q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-1] in HEAD_DIMS
+            and q.shape[2] == 1 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and q.numel() > 0)
+
+
+def takes_trees(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `Kernel.trees` is made for heads of this kind."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 16 == 0
+
+
+def takes_rotation(x: Tensor, cos: Tensor, sin: Tensor, stepwise: bool = False) -> bool:
     """Whether `Kernel.rotation` is made for these."""
-    return (x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] in HEAD_DIMS
+    return (x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.device.type == "cpu"
+            and x.shape[-1] in (STEPWISE_HEADS if stepwise else HEAD_DIMS)
             and x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous() and x.numel() > 0)
 
 
-def takes_rows(*tensors: Tensor) -> bool:
+def takes_rows(*tensors: Tensor, stepwise: bool = False) -> bool:
     """Whether `Kernel.swiglu` and `Kernel.norm` are made for tensors of such rows."""
-    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= NARROWEST and x.shape[-1] % 16 == 0
-               and x.is_contiguous() and x.numel() > 0 for x in tensors)
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and (x.shape[-1] < NARROWEST) == stepwise
+               and x.shape[-1] % (32 if stepwise else 16) == 0 and x.is_contiguous() and x.numel() > 0 for x in tensors)
 
 
 class Kernel:
@@ -109,6 +70,9 @@ class Kernel:
             self._rotation.argtypes, self._rotation.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._swiglu.argtypes, self._swiglu.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._norm.argtypes, self._norm.restype = [ctypes.c_void_p, ctypes.c_int], None
+            self._trees, self._query = library.block_trees, library.block_query
+            for function in (self._trees, self._query):
+                function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int], None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(q·kᵀ / √d)·v, each position over those up to its own.
@@ -119,7 +83,7 @@ class Kernel:
         Guarantee: computed in float32 and rounded once; a head's result depends on no other, nor on threads
             (tests/kernels/test_block.py).
         """
-        o, log_sum = _empty(*q.shape), torch.empty(q.shape[:3])
+        o, log_sum = empty(*q.shape), torch.empty(q.shape[:3])
         call = self._call(q, k, v, o, log_sum)
         self._forward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
         return o, log_sum
@@ -133,37 +97,94 @@ class Kernel:
         Guarantee: summed in float32 and rounded once, over the heads of a group in their order; the rows' sums
             Σ grad · o take o as it was rounded, as torch's kernel does (tests/kernels/test_block.py).
         """
-        found = _empty(*q.shape), _empty(*k.shape), _empty(*v.shape)
+        found = empty(*q.shape), empty(*k.shape), empty(*v.shape)
         call = self._call(q, k, v, o, log_sum)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()      # held until the call is over
-        call.d_o = _view(grad, tuple(q.shape))
-        call.d_q, call.d_k, call.d_v = (_view(x, tuple(x.shape)) for x in found)
+        call.d_o = view(grad, tuple(q.shape))
+        call.d_q, call.d_k, call.d_v = (view(x, tuple(x.shape)) for x in found)
         self._backward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
         return found
 
-    def rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Each pair (i, i + d/2) of x rotated, rounded once.
+    def query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q·kᵀ / √d)·v of one position a sequence.
 
-        Args: x: (B, H, T, d) bfloat16, d side by side, 64 or 128. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
+        Args:
+            q: (B, H, 1, d) bfloat16. k, v: (B, Hkv, S, d), each read by H / Hkv heads of q.  d is 64 or 128 and lies side by
+                side; other strides are any. mask: bool (B or 1, 1, 1, S), True = may attend, or None for all.
+        Returns: (B, H, 1, d) bfloat16.
+        Guarantee: computed in float32 and rounded once; a head's result depends on no other, nor on threads
+            (tests/kernels/test_query.py).
+        """
+        (batch, heads, _, head_dim), (_, kv_heads, length, _) = q.shape, k.shape
+        if head_dim not in HEAD_DIMS or not kv_heads or heads % kv_heads or not length or \
+                (mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length))):
+            raise ValueError(f"the kernel takes heads of {HEAD_DIMS}, query heads a multiple of key/value heads, and a mask of "
+                             f"their keys, not {tuple(q.shape)} and {tuple(k.shape)}")
+        o, shared = empty(*q.shape), (batch, kv_heads, length, head_dim)
+        mask = None if mask is None else mask.contiguous()      # held until the call is over
+        call = Query(view(q, (batch, heads, 1, head_dim)), view(k, shared), view(v, shared), view(o, tuple(q.shape)),
+                     None if mask is None else address(mask, tuple(mask.shape), torch.bool), batch, heads, kv_heads, length,
+                     head_dim, 0 if mask is None or len(mask) < batch else length, head_dim ** -0.5)
+        self._query(ctypes.byref(call), torch.get_num_threads())
+        return o
+
+    def trees(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, starts: Tensor, asking: Tensor, positions: Tensor,
+              visible: Tensor) -> Tensor:
+        """softmax(q·kᵀ / √d)·v of sequences without padding, each with the same tree behind it.
+
+        Args:
+            q: (1, H, L, d) bfloat16. k, v: (1, Hkv, N, d), each read by H / Hkv heads of q.  d is a multiple of 16.
+            keys: (S,) int32, rows of k and v that a sequence's queries may see, in order of position, its tree last; sequence
+                after sequence. starts: (G + 1,) int64, where a sequence's keys start.
+            asking: (G + 1,) int64, where a sequence's rows of q start. positions: (L,) int32, of each among its keys.
+            visible: (K, K) bool, True = the row's node of the tree sees the column's.
+
+        Returns: (1, H, L, d) bfloat16, lying as (1, L, H, d).
+        Guarantee: sums in float32; the softmax's weights rounded to bfloat16, as torch's attention does, and the result; a
+            sequence's results depend on no other, nor on threads (tests/kernels/test_trees.py).
+        """
+        (_, heads, length, head_dim), (_, kv_heads, rows, _), groups = q.shape, k.shape, len(starts) - 1
+        shared, sizes, asked = (1, kv_heads, rows, head_dim), starts.diff(), asking.diff()
+        if head_dim % 16 or heads % kv_heads or k.stride(1) % 2 or k.stride(2) % 2 or rows * k.stride(2) >= 2 ** 32:
+            raise ValueError(f"the kernel takes heads of a multiple of 16, query heads a multiple of key/value heads, and keys "
+                             f"that lie in pairs, not {heads} of {head_dim} and {kv_heads} with strides {k.stride()}")
+        if (groups < 1 or starts[0] or starts[-1] != len(keys) or sizes.min() <= len(visible) or asking[0]
+                or asking[-1] != length or asked.min() < 0 or keys.min() < 0 or keys.max() >= rows
+                or positions.min() < 0 or bool((positions >= sizes.repeat_interleave(asked)).any())):
+            raise ValueError(f"the kernel takes keys among {rows} rows, more than the tree's {len(visible)} a sequence, and "
+                             "positions among a sequence's keys")
+        o = empty(1, heads, length, head_dim)
+        call = Trees(view(q, (1, heads, length, head_dim)), view(k, shared), view(v, shared), view(o, tuple(q.shape)),
+                      address(keys, (len(keys),), torch.int32), address(starts, (groups + 1,), torch.int64),
+                      address(asking, (groups + 1,), torch.int64), address(positions, (length,), torch.int32),
+                      address(visible, 2 * (len(visible),), torch.bool), groups, heads, kv_heads, len(visible), head_dim,
+                      head_dim ** -0.5)
+        self._trees(ctypes.byref(call), torch.get_num_threads())
+        return o
+
+    def rotation(self, x: Tensor, cos: Tensor, sin: Tensor, stepwise: bool = False) -> Tensor:
+        """Each pair (i, i + d/2) of x rotated, rounded once; stepwise, each product and each sum, as torch's operations are.
+
+        Args: x: (B, H, T, d) bfloat16, d side by side: 32, 64 or 128. cos, sin: (B or 1, 1, T, d) bfloat16, contiguous.
         Returns: (B, H, T, d), lying as (B, T, H, d).
         """
         batch, heads, length, head_dim = x.shape
-        if head_dim not in HEAD_DIMS or cos.shape[0] not in (1, batch):
+        if head_dim not in HEAD_DIMS + STEPWISE_HEADS or cos.shape[0] not in (1, batch):
             raise ValueError(f"the kernel takes heads of {HEAD_DIMS} and cosines of {batch} sequences, or of all, not "
                              f"{tuple(x.shape)} and {tuple(cos.shape)}")
-        y, shape, angles = _empty(*x.shape), tuple(x.shape), (cos.shape[0], 1, length, head_dim)
-        call = _Rotation(_view(x, shape), _view(y, shape), _address(cos, angles), _address(sin, angles), heads, length,
-                         head_dim, cos.shape[0] == 1)
+        y, shape, angles = empty(*x.shape), tuple(x.shape), (cos.shape[0], 1, length, head_dim)
+        call = Rotation(view(x, shape), view(y, shape), address(cos, angles), address(sin, angles), heads, length,
+                         head_dim, cos.shape[0] == 1, stepwise)
         self._rotation(ctypes.byref(call), batch, torch.get_num_threads())
         return y
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) · up in one pass, rounded once.
+    def swiglu(self, gate: Tensor, up: Tensor, stepwise: bool = False) -> Tensor:
+        """silu(gate) · up in one pass, rounded once; stepwise, silu(gate) as well, to the bits of torch's operations.
 
         Args: gate, up: (..., inner) bfloat16, contiguous, inner a multiple of 16.
         """
         y, shape = torch.empty_like(gate), tuple(gate.shape)
-        call = _SwiGLU(_address(gate, shape), _address(up, shape), None, _address(y, shape))
+        call = SwiGLU(address(gate, shape), address(up, shape), None, address(y, shape), stepwise=stepwise)
         self._elementwise(call, gate)
         return y
 
@@ -171,25 +192,27 @@ class Kernel:
         """The gradients of gate and up in one pass, rounded once; grad: of what `swiglu` gave, (..., inner)."""
         d_gate, d_up, shape = torch.empty_like(gate), torch.empty_like(up), tuple(gate.shape)
         grad = grad.contiguous()                                # held until the call is over
-        call = _SwiGLU(_address(gate, shape), _address(up, shape), _address(grad, shape), None,
-                       _address(d_gate, shape), _address(d_up, shape))
+        call = SwiGLU(address(gate, shape), address(up, shape), address(grad, shape), None,
+                       address(d_gate, shape), address(d_up, shape))
         self._elementwise(call, gate)
         return d_gate, d_up
 
-    def _elementwise(self, call: _SwiGLU, gate: Tensor) -> None:
+    def _elementwise(self, call: SwiGLU, gate: Tensor) -> None:
         if gate.shape[-1] % 16:
             raise ValueError(f"the kernel takes rows of a multiple of 16, not {gate.shape[-1]}")
         self._swiglu(ctypes.byref(call), gate.numel(), torch.get_num_threads())
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x / √(mean(x²) + ε) · weight, rounded once.
+    def norm(self, x: Tensor, weight: Tensor, eps: float, stepwise: bool = False) -> tuple[Tensor, Tensor]:
+        """x / √(mean(x²) + ε) · weight, rounded once; stepwise, before the weight as well, to the bits of torch's operations.
 
-        Args: x: (..., size) bfloat16, contiguous, size a multiple of 16. weight: (size,) bfloat16.
+        Args: x: (..., size) bfloat16, contiguous, size a multiple of 16, stepwise of 32. weight: (size,) bfloat16.
         Returns: (..., size) bfloat16, and 1 / √(mean(x²) + ε), (..., 1) float32.
         """
         y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
         call = self._rows(x, weight, inverse)
-        call.y, call.eps = _address(y, tuple(x.shape)), eps
+        call.y, call.eps, call.stepwise = address(y, tuple(x.shape)), eps, stepwise
+        if stepwise and x.shape[-1] % 32:
+            raise ValueError(f"the kernel takes rows of a multiple of 32, not {x.shape[-1]}")
         self._norm(ctypes.byref(call), torch.get_num_threads())
         return y, inverse
 
@@ -197,20 +220,20 @@ class Kernel:
         """The gradient of x, rounded once; grad: of what `norm` gave, (..., size); inverse: what `norm` gave."""
         d_x, grad = torch.empty_like(x), grad.contiguous()
         call = self._rows(x, weight, inverse)
-        call.d_y, call.d_x = _address(grad, tuple(x.shape)), _address(d_x, tuple(x.shape))
+        call.d_y, call.d_x = address(grad, tuple(x.shape)), address(d_x, tuple(x.shape))
         self._norm(ctypes.byref(call), torch.get_num_threads())
         return d_x
 
     @staticmethod
-    def _rows(x: Tensor, weight: Tensor, inverse: Tensor) -> _Norm:
+    def _rows(x: Tensor, weight: Tensor, inverse: Tensor) -> Norm:
         size = x.shape[-1]
         if size % 16:
             raise ValueError(f"the kernel takes rows of a multiple of 16, not {size}")
-        return _Norm(_address(x, tuple(x.shape)), _address(weight, (size,)), rows=x.numel() // size, size=size,
-                     inverse=_address(inverse, (*x.shape[:-1], 1), torch.float32))
+        return Norm(address(x, tuple(x.shape)), address(weight, (size,)), rows=x.numel() // size, size=size,
+                     inverse=address(inverse, (*x.shape[:-1], 1), torch.float32))
 
     @staticmethod
-    def _call(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor) -> _Attention:
+    def _call(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor) -> Attention:
         batch, heads, length, head_dim = q.shape
         kv_heads = k.shape[1]
         if head_dim not in HEAD_DIMS or heads % kv_heads:
@@ -220,8 +243,8 @@ class Kernel:
             raise ValueError(f"log_sum must be contiguous float32 {tuple(q.shape[:3])}, not {log_sum.dtype} "
                              f"{tuple(log_sum.shape)}")
         shared = (batch, kv_heads, length, head_dim)
-        return _Attention(batch, heads, kv_heads, length, head_dim ** -0.5, _view(q, tuple(q.shape)), _view(k, shared),
-                          _view(v, shared), _view(o, tuple(q.shape)), log_sum=log_sum.data_ptr())
+        return Attention(batch, heads, kv_heads, length, head_dim ** -0.5, view(q, tuple(q.shape)), view(k, shared),
+                          view(v, shared), view(o, tuple(q.shape)), log_sum=log_sum.data_ptr())
 
 
 _tried: list[Kernel | None] = []

@@ -1,5 +1,7 @@
-// What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, and
-// in block_rows.h SwiGLU, RMSNorm and rotations, each with its gradients.  Inputs and results are bfloat16, all arithmetic is float32, each result is rounded once.
+// What a block of a Llama does beside its linears, in bfloat16 on a CPU with AVX-512: causal attention, and in block_rows.h
+// SwiGLU, RMSNorm and rotations, each with its gradients; forward only, attention of one position in block_query.h and of
+// sequences without padding in block_trees.h.  Inputs and results are bfloat16, all arithmetic is float32, each result is
+// rounded once, where nothing else is said.
 //
 // Attention is FlashAttention (arXiv 2205.14135, section 3), for rows i, keys j ≤ i and s = 1 / √d:
 //
@@ -27,7 +29,8 @@ extern "C" int block_machine() { return 0; }
 
 #else
 
-#include "block_rows.h"
+#include "block_query.h"
+#include "block_trees.h"
 
 namespace {
 
@@ -251,6 +254,14 @@ void block_attention_backward(const Attention* a, int head_dim, int threads) {
          [&](int64_t task) { head_dim == 64 ? backward<64>(*a, task) : backward<128>(*a, task); });
 }
 
+void block_trees(const Trees* a, int threads) {
+    deal(threads, a->groups * a->kv_heads, [&](int64_t task) { attend(*a, task); });
+}
+
+void block_query(const Query* a, int threads) {
+    deal(threads, a->batch * a->kv_heads, [&](int64_t task) { query(*a, task); });
+}
+
 // Some 10 µs of work a task; n and the size of a row are multiples of 16.
 void block_swiglu(const SwiGLU* a, int64_t n, int threads) {
     deal(threads, (n + 16383) / 16384, [&](int64_t task) { swiglu(*a, task * 16384, smaller(n, (task + 1) * 16384)); });
@@ -258,7 +269,8 @@ void block_swiglu(const SwiGLU* a, int64_t n, int threads) {
 
 void block_norm(const Norm* a, int threads) {
     deal(threads, (a->rows + 15) / 16, [&](int64_t task) {
-        for (int64_t row = task * 16; row < smaller(a->rows, (task + 1) * 16); ++row) norm(*a, row);
+        for (int64_t row = task * 16; row < smaller(a->rows, (task + 1) * 16); ++row)
+            a->stepwise ? norm_stepwise(*a, row) : norm(*a, row);
     });
 }
 

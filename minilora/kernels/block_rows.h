@@ -1,4 +1,9 @@
 // What is done to each row by itself, one pass forward and one backward: SwiGLU, RMSNorm and the rotation of heads.
+//
+// `stepwise` forms, forward only, round where a chain of torch's operations does, and give its bits
+// (tests/kernels/test_block.py).
+
+#pragma once
 
 #include "block_vectors.h"
 
@@ -9,13 +14,19 @@ namespace {
 struct SwiGLU {
     const uint16_t *gate, *up, *d_y;
     uint16_t *y, *d_gate, *d_up;
+    int64_t stepwise;
 };
 
 inline Floats sigmoid(Floats x) { return all(1.0f) / (all(1.0f) + exp2(x * all(-LOG2_E))); }
 
 void swiglu(const SwiGLU& a, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += 16) {
-        Floats gate = widen(a.gate + i), up = widen(a.up + i), share = sigmoid(gate);
+        Floats gate = widen(a.gate + i), up = widen(a.up + i);
+        if (a.stepwise) {
+            narrow(a.y + i, rounded(gate / (all(1.0f) + exp2(gate * all(-LOG2_E)))) * up);
+            continue;
+        }
+        Floats share = sigmoid(gate);
         if (!a.d_y) {
             narrow(a.y + i, gate * share * up);
             continue;
@@ -32,9 +43,36 @@ struct Norm {
     const uint16_t *x, *weight, *d_y;
     uint16_t *y, *d_x;
     float* inverse;                                             // (rows)
-    int64_t rows, size;
+    int64_t rows, size, stepwise;
     float eps;
 };
+
+// Σ x² as torch sums a row of 32 n numbers, n < 256: four registers of eight side by side, sixteen turns at a time, then these
+// registers in turn, then their eight places.
+float sum_of_squares(const uint16_t* x, int64_t size) {
+    Floats now[2] = {}, before[2] = {};
+    for (int64_t i = 0; i < size; i += 32) {
+        UNROLL for (int n = 0; n < 2; ++n) now[n] += widen(x + i + 16 * n) * widen(x + i + 16 * n);
+        if (i % 512 == 480)
+            UNROLL for (int n = 0; n < 2; ++n) {
+                before[n] += now[n];
+                now[n] = all(0.0f);
+            }
+    }
+    alignas(64) float at[32];
+    UNROLL for (int n = 0; n < 2; ++n) store(at + 16 * n, now[n] + before[n]);
+    float sum = 0;
+    for (int i = 0; i < 8; ++i) sum += at[i] + at[8 + i] + at[16 + i] + at[24 + i];
+    return sum;
+}
+
+void norm_stepwise(const Norm& a, int64_t row) {
+    const uint16_t* x = a.x + row * a.size;
+    const float inverse = 1 / __builtin_sqrtf(sum_of_squares(x, a.size) / (float)a.size + a.eps);
+    a.inverse[row] = inverse;
+    for (int64_t i = 0; i < a.size; i += 16)
+        narrow(a.y + row * a.size + i, widen(a.weight + i) * rounded(widen(x + i) * all(inverse)));
+}
 
 void norm(const Norm& a, int64_t row) {
     const uint16_t *x = a.x + row * a.size, *d_y = a.d_y + row * a.size;
@@ -66,7 +104,7 @@ struct View {
 struct Rotation {
     View x, y;
     const uint16_t *cos, *sin;                                  // (B, T, d), or (1, T, d) for all B where `same`
-    int64_t heads, length, head_dim, same;
+    int64_t heads, length, head_dim, same, stepwise;
 };
 
 void rotate(const Rotation& a, int64_t task) {
@@ -78,6 +116,11 @@ void rotate(const Rotation& a, int64_t task) {
         for (int64_t h = 0; h < a.heads; ++h) {
             const uint16_t* x = a.x.rows(b, h, t) + i;
             Floats x_1 = widen(x), x_2 = widen(x + half);
+            if (a.stepwise) {
+                narrow(a.y.rows(b, h, t) + i, rounded(x_1 * cos_1) - rounded(x_2 * sin_1));
+                narrow(a.y.rows(b, h, t) + half + i, rounded(x_2 * cos_2) + rounded(x_1 * sin_2));
+                continue;
+            }
             narrow(a.y.rows(b, h, t) + i, x_1 * cos_1 - x_2 * sin_1);
             narrow(a.y.rows(b, h, t) + half + i, multiply_add(x_2 * cos_2, x_1, sin_2));
         }

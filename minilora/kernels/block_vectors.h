@@ -1,5 +1,7 @@
 // Sixteen float32 in a register of AVX-512, bfloat16 to and from them, and tasks for torch's threads: what block_cpu.cpp needs.
 
+#pragma once
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -25,12 +27,17 @@ INLINE Floats widen(const uint16_t* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
 }
 
-// To the nearest bfloat16, ties to even; NaN stays NaN.
-INLINE void narrow(uint16_t* to, Floats v) {
+// To the nearest bfloat16, ties to even, in the high half of each place; NaN stays NaN.
+INLINE Words to_bfloat16(Floats v) {
     Words bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    Words rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    Words near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+INLINE void narrow(uint16_t* to, Floats v) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(to_bfloat16(v), 16)));
+}
+INLINE Floats rounded(Floats v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(to_bfloat16(v), _mm512_set1_epi32((int)0xffff0000)));
 }
 
 // 2^x within one unit in the last place: x = n + f, |f| ≤ 1/2, a polynomial with a relative error of 1.9e-9 for 2^f.

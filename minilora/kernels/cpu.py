@@ -8,7 +8,7 @@ Tables and buffers are handed in: this room knows no codebook.  Threads are torc
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class Constants:
     nested: Tensor | None = None
     offset: float = 0.0
     blocksize: int = 256
+    made: list[tuple[tuple[int, ...], _Packed]] = field(default_factory=list, repr=False)     # what a kernel took last
 
 
 class _Packed(ctypes.Structure):
@@ -173,16 +174,23 @@ class Kernel:
 
     @staticmethod
     def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int) -> _Packed:
+        # Checked and made once for a weight that stays where it is: a token in decoding asks for hundreds.
+        lying = (n, blocksize, *(0 if tensor is None else tensor.data_ptr() for tensor in (
+            packed, code, constants.absmax, constants.codes, constants.dynamic, constants.nested)))
+        if constants.made and constants.made[0][0] == lying:
+            return constants.made[0][1]
         blocks = -(-n // blocksize)
         held = constants.codes if constants.absmax is None else constants.absmax
         if packed.numel() != (n + 1) // 2 or held is None or held.numel() != blocks:
             raise ValueError(f"{packed.numel()} bytes and {0 if held is None else held.numel()} constants for {n} weights in "
                              f"{blocks} blocks")
         # A block longer than the tensor is as long: C's 64 bits are not Python's integers.
-        return _Packed(_address(packed, torch.uint8), _address(code, torch.float32), n, min(blocksize, max(n, 1)),
+        made = _Packed(_address(packed, torch.uint8), _address(code, torch.float32), n, min(blocksize, max(n, 1)),
                        _address(constants.absmax, torch.float32), _address(constants.codes, torch.uint8),
                        _address(constants.dynamic, torch.float32), _address(constants.nested, torch.float32),
                        min(constants.blocksize, max(blocks, 1)), constants.offset)
+        constants.made[:] = [(lying, made)]
+        return made
 
 
 _tried: list[Kernel | None] = []

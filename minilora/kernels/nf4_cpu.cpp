@@ -95,6 +95,15 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
             const From* from = (const From*)p.x + (first + r) * p.in + start;
             typename E::type* piece = to + (s * rows + r) * COUNT;
             const int64_t count = smaller(COUNT, ceil_div(p.in - start, by));
+#if defined(__AVX512F__)
+            if (split && sizeof(From) == 2 && sizeof *piece == 2 && count == 32) {      // of pairs the low or the high halves
+                for (int half = 0; half < 2; ++half) {
+                    const __m512i pairs = _mm512_loadu_si512(from - s % 2 + 32 * half);
+                    _mm256_storeu_si256((__m256i*)piece + half, _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, s % 2 * 16)));
+                }
+                continue;
+            }
+#endif
             if (split)
                 for (int64_t k = 0; k < count; ++k) copy(piece + k, from + 2 * k);
             else if (sizeof(From) == sizeof *piece)

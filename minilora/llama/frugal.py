@@ -4,7 +4,9 @@ Autograd keeps whatever a formula's derivative mentions, in the type it was comp
 attention three float32 copies, of silu(gate) · up three tensors where two would do.  These functions keep their inputs as
 they came and work out the rest again: bytes saved at the price of a few cheap passes.  Values and gradients are those of
 autograd's own formulas, to the bit (tests/llama/test_frugal.py); but where `kernels.block` has vector code for them (bfloat16
-on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.
+on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.  Without
+gradients that code serves narrow rows and heads of 32 too, to the bits of the formulas, attention of one position a sequence,
+and attention over trees (`trees`).
 
     norm        x in 16 bits and 1/rms                              instead of x in 32
     SwiGLU      gate and up                                         silu(gate) is worked out again
@@ -25,15 +27,16 @@ from torch.autograd.function import once_differentiable
 
 from minilora.kernels import block
 from minilora.llama.recompute import remembered
+from minilora.llama.trees import Trees
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _fast(*rows: Tensor) -> block.Kernel | None:
-    """The vector code, where it takes such rows."""
-    return block.kernel() if block.takes_rows(*rows) else None
+def _fast(*rows: Tensor, stepwise: bool = False) -> block.Kernel | None:
+    """The vector code, where it takes such rows: wide ones, or stepwise narrow ones, which it makes to torch's bits."""
+    return block.kernel() if block.takes_rows(*rows, stepwise=stepwise) else None
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,8 +82,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wanted = torch.is_grad_enabled()
     if wanted and x.requires_grad and not weight.requires_grad:
         return _RMSNorm.apply(x, weight, eps)
-    fast = _fast(x, weight) if not (wanted and weight.requires_grad) else None
-    return plain_rms_norm(x, weight, eps) if fast is None else fast.norm(x, weight, eps)[0]
+    if not (wanted and weight.requires_grad):
+        for stepwise in (False, True):
+            if (fast := _fast(x, weight, stepwise=stepwise)) is not None:
+                return fast.norm(x, weight, eps, stepwise)[0]
+    return plain_rms_norm(x, weight, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -105,14 +111,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, both (..., inner)."""
     if gate.requires_grad and up.requires_grad:
         return _SwiGLU.apply(gate, up)
-    fast = None if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad) else _fast(gate, up)
-    return F.silu(gate) * up if fast is None else fast.swiglu(gate, up)
+    if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
+        for stepwise in (False, True):
+            if (fast := _fast(gate, up, stepwise=stepwise)) is not None:
+                return fast.swiglu(gate, up, stepwise)
+    return F.silu(gate) * up
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    fast = block.kernel() if block.takes_rotation(x, cos, sin) else None
-    if fast is not None:
-        return fast.rotation(x, cos, sin)
+    for stepwise in (False, True):
+        if block.takes_rotation(x, cos, sin, stepwise) and (fast := block.kernel()) is not None:
+            return fast.rotation(x, cos, sin, stepwise)
     half = x.shape[-1] // 2
     rotated = x * cos
     if x.is_cuda:           # two passes less, each element rounded twice and not three times
@@ -188,14 +197,18 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return (scores.softmax(-1) @ v.float()).to(q.dtype).view(batch, heads, 1, width)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Trees | None) -> Tensor:
     """softmax(q·kᵀ / √d)·v over the positions of the mask, or, without one, over those up to one's own.
 
-    Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S) or None.
+    Args: q: (B, H, T, d). k, v: (B, Hkv, S, d), each read by H / Hkv heads of q. mask: bool (B, 1, T, S), trees, or None.
     Returns: (B, H, T, d); on a CPU where gradients are wanted in float32, but for heads that `kernels.block` takes.
     """
+    if isinstance(mask, Trees):
+        return mask.attention(q, k, v)
     if q.shape[2] == 1 and q.device.type == "cpu" and q.dtype != torch.float32 and not q.requires_grad:
-        return _one_query(q, k, v, mask)
+        wanted = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        fast = block.kernel() if block.takes_query(q, k, v) and not wanted else None
+        return _one_query(q, k, v, mask) if fast is None else fast.query(q, k, v, mask)
     causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     fast = block.kernel() if causal and block.takes_attention(q, k, v) else None
     if fast is not None:

@@ -1,19 +1,23 @@
 """Who may attend to whom, as one bool mask a window, shared by all layers that have it."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from minilora.llama.trees import Trees
 
-def attention_masks(windows: tuple[int | None, ...], attention_mask: Tensor | None, batch: int, length: int, past: int,
-                    device: torch.device) -> list[Tensor | None]:
+
+def attention_masks(windows: tuple[int | None, ...], attention_mask: Tensor | Trees | None, batch: int, length: int, past: int,
+                    device: torch.device) -> Sequence[Tensor | Trees | None]:
     """A mask for each layer: bool (B or 1, 1, T, S), True = may attend; None stands for plain causal attention.
 
     Args:
         windows: of each layer, in tokens; None sees everything before it.
         attention_mask: as in `LlamaForCausalLM.hidden`. past: cached tokens.
     """
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if isinstance(attention_mask, Trees) or (attention_mask is not None and attention_mask.dim() == 4):
         return [attention_mask] * len(windows)
     if attention_mask is not None and attention_mask.device.type == "cpu" and bool(attention_mask.all()):
         attention_mask = None       # nothing is padded (on a GPU the question itself would cost a synchronization)

@@ -25,6 +25,7 @@ from minilora.llama.head import logits
 from minilora.llama.masks import attention_masks
 from minilora.llama.recompute import recompute
 from minilora.llama.rotary import inverse_frequencies, rotation
+from minilora.llama.trees import Trees
 
 
 class RMSNorm(nn.Module):
@@ -62,9 +63,9 @@ class LlamaAttention(nn.Module):
         self.v_proj = _linear(shapes["v_proj"], qkv_bias)
         self.o_proj = _linear(shapes["o_proj"], config.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Trees | None, cache: KVCache | None,
                 at: Tensor | None = None) -> Tensor:
-        """x: (B, T, hidden); mask: bool (B, 1, T, S), True = may attend, or None = causal -> (B, T, hidden).
+        """x: (B, T, hidden); mask: bool (B, 1, T, S), True = may attend, or trees, or None = causal -> (B, T, hidden).
 
         With `at`, (B, L) positions, queries are made there alone -> (B, L, hidden).
         """
@@ -77,8 +78,12 @@ class LlamaAttention(nn.Module):
         if at is not None:
             cos, sin = take(cos[:, 0], at)[:, None], take(sin[:, 0], at)[:, None]          # (B, 1, L, d)
             past = 0 if cache is None else cache.length
-            mask = torch.arange(past + length, device=x.device) <= past + at[:, None, :, None] if mask is None else \
-                take(mask.expand(batch, -1, -1, -1)[:, 0], at)[:, None]                    # (B, 1, L, S)
+            if isinstance(mask, Trees):
+                mask = mask.reading()
+            elif mask is None:
+                mask = torch.arange(past + length, device=x.device) <= past + at[:, None, :, None]
+            else:
+                mask = take(mask.expand(batch, -1, -1, -1)[:, 0], at)[:, None]             # (B, 1, L, S)
         q = rotate(q, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                          # (B, Hkv, S, d)
@@ -111,7 +116,7 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Trees | None, cache: KVCache | None,
                 at: Tensor | None = None, checkpointing: bool = False) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden), or (B, L, hidden) at the positions `at`; `checkpointing` recomputes each half."""
         def attention_half(x: Tensor) -> Tensor:
@@ -175,14 +180,14 @@ class LlamaForCausalLM(nn.Module):
         """The compute type: that of the embedding."""
         return self.model.embed_tokens.weight.dtype
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | Trees | None = None, position_ids: Tensor | None = None,
                cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: (B, T) int64.
             attention_mask: None (all real); (B, S) with 1 = real token, padded left or right, S = cached + T; or bool
-                (B, 1, T, S), True = may attend, used as it is (tree decoding).
+                (B, 1, T, S), True = may attend, used as it is (tree decoding); or, with B = 1 and no cache, trees.
             position_ids: (B, T); default the count of real tokens before each.
             cache: keys and values of earlier tokens; this call's are appended.
             at: (B, L) int64, the columns of input_ids whose states are wanted, where not all are: the last block then makes
@@ -200,7 +205,7 @@ class LlamaForCausalLM(nn.Module):
         if attention_mask is not None:
             _check_mask(attention_mask, batch, length, past)
         if position_ids is None:
-            if attention_mask is not None and attention_mask.dim() == 2:
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
                 position_ids = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)[:, past:]
             else:
                 position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
@@ -238,7 +243,13 @@ def _check_ids(input_ids: Tensor, rows: int) -> None:
                                   "--pad-vocab")
 
 
-def _check_mask(attention_mask: Tensor, batch: int, length: int, past: int) -> None:
+def _check_mask(attention_mask: Tensor | Trees, batch: int, length: int, past: int) -> None:
+    if isinstance(attention_mask, Trees):
+        rows = len(attention_mask.asking.positions)
+        if (batch, past, length) != (1, 0, rows):
+            raise ConfigError(f"trees of {rows} rows are one sequence of as many tokens without a cache, not {batch} of "
+                              f"{length} behind {past}")
+        return
     shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ()
     if len(shape) not in (2, 4) or shape[0] not in (1, batch) or (len(shape) == 4 and attention_mask.dtype != torch.bool):
         found = f"{attention_mask.dtype} {shape}" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__

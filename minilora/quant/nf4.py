@@ -186,7 +186,17 @@ class NF4Tensor:
 
     def for_kernel(self) -> tuple[Tensor, cpu.Constants, Tensor, int]:
         """What every kernel takes of it: packed codes, constants as they are stored, the table, the block size."""
-        return self.packed, self._constants(), _tables(self.device)[0], self.blocksize
+        made: tuple[Tensor, cpu.Constants, Tensor, int] | None = self.__dict__.get("_taken")
+        if made is None:
+            constants = self._constants()
+            made = self.packed, constants, _tables(self.device)[0], self.blocksize
+            stored = (self.stored_absmax,) if self.nested is None else (self.nested.codes, self.nested.absmax)
+            if all(any(tensor is own for own in (constants.absmax, constants.codes, constants.nested)) for tensor in stored):
+                self.__dict__["_taken"] = made      # the tensors themselves, no copies that would go stale
+        return made
+
+    def __getstate__(self) -> dict[str, object]:        # a copy lies elsewhere
+        return {name: value for name, value in self.__dict__.items() if name != "_taken"}
 
     def _constants(self) -> cpu.Constants:
         if self.nested is None:

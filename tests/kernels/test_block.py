@@ -409,3 +409,40 @@ def test_without_compiler_torchs_operations_are_used_and_it_is_said_once(tmp_pat
 
 def test_torchs_operations_can_be_asked_for_and_then_nothing_is_said(tmp_path: Path) -> None:
     assert use(MINILORA_KERNELS="reference", XDG_CACHE_HOME=str(tmp_path)) == "True True 0" and list(tmp_path.iterdir()) == []
+
+
+def test_stepwise_swiglu_has_torchs_bits_for_every_bfloat16(kernel: block.Kernel) -> None:
+    gate = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16).view(-1, 64)
+    up = normal(*gate.shape, seed=0)
+    torch.testing.assert_close(kernel.swiglu(gate, up, stepwise=True), torch.nn.functional.silu(gate) * up, rtol=0, atol=0,
+                               equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [32, 96, 256, 480, 512, 544, 736])
+def test_a_stepwise_norm_has_torchs_bits(kernel: block.Kernel, size: int) -> None:
+    x, weight = normal(2000, size, seed=0) * torch.logspace(-3, 2, 2000)[:, None].bfloat16(), normal(size, seed=1)
+    y, inverse = kernel.norm(x, weight, 1e-5, stepwise=True)
+    assert torch.equal(y, plain_rms_norm(x, weight, 1e-5))
+    assert torch.equal(inverse, torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5))
+
+
+def test_a_stepwise_rotation_has_torchs_bits(kernel: block.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = heads(3, 5, 40, 32, seed=0)
+    cos, sin = rotation(torch.arange(40).expand(3, 40), torch.rand(16, generator=torch.Generator().manual_seed(2)), x.dtype)
+    found = kernel.rotation(x, cos, sin, stepwise=True)
+    monkeypatch.setattr(block, "_tried", [None])
+    assert torch.equal(found, rotate(x, cos, sin))
+
+
+def test_the_model_takes_the_stepwise_forms_for_narrow_rows_without_gradients(native: block.Kernel,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    for name in ("norm", "swiglu", "rotation"):
+        method = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *args, method=method: (called.append(args[-1]), method(*args))[1])
+    x, weight, angles = normal(3, 256, seed=0), normal(256, seed=1), normal(1, 1, 3, 32, seed=2)
+    with torch.no_grad():
+        rms_norm(x, weight, 1e-5), swiglu(x, x), rotate(heads(1, 2, 3, 32, seed=0), angles, angles)
+    assert called == [True] * 3
+    rms_norm(x.requires_grad_(), weight, 1e-5), swiglu(x, x)
+    assert called == [True] * 3, "training keeps torch's operations"

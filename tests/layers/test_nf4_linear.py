@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -152,3 +153,21 @@ def test_a_weight_or_bias_that_does_not_fit_is_refused() -> None:
                          (torch.randn(2, 3), torch.randn(2, 1))):
         with pytest.raises(QuantizationError, match="4-bit linear"):
             NF4Linear(quantize_nf4(weight), bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_weight_that_moved_is_read_where_it_lies_now(double_quant: bool) -> None:
+    """What a kernel is told of a weight is kept; storage that is exchanged (as FSDP does), or copied, is told anew."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (quantize_nf4(torch.randn(1024, 512, generator=generator), double_quant=double_quant) for _ in range(2))
+    x = torch.randn(2, 512, generator=generator).bfloat16()
+    expected = [torch.nn.functional.linear(x.double(), q.dequantize(torch.bfloat16).double()) for q in (first, second)]
+    layer = NF4Linear(first)
+    torch.testing.assert_close(layer(x).double(), expected[0], rtol=2 ** -7, atol=1e-3)
+    copied = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for name, tensor in NF4Linear(second).named_buffers():
+        getattr(layer, name).set_(tensor.clone())
+    torch.testing.assert_close(layer(x).double(), expected[1], rtol=2 ** -7, atol=1e-3)
+    for other in copied:
+        torch.testing.assert_close(other(x).double(), expected[0], rtol=2 ** -7, atol=1e-3)

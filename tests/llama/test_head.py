@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @torch.no_grad()
 def test_logits_of_a_few_positions_are_those_of_torch(calls: list[tuple[int, ...]]) -> None:
     layer = head()
-    for shape in ((1, 1), (4, 1), (1, 3), (2, 2)):
+    for shape in ((1, 1), (4, 1), (1, 3), (2, 2), (5, 1), (16, 1)):
         x = states(*shape, NARROWEST)
         exact = x.double() @ layer.weight.double().T
         found = logits(layer, x)
@@ -52,7 +52,7 @@ def test_what_needs_more_is_torchs_own(calls: list[tuple[int, ...]]) -> None:
     layer, x = head(), states(1, 1, NARROWEST)
     assert logits(layer, x).requires_grad                                       # a head that is trained
     with torch.no_grad():
-        for other, y in ((layer, states(5, 1, NARROWEST)), (layer, states(0, 1, NARROWEST)), (head(bias=True), x),
+        for other, y in ((layer, states(17, 1, NARROWEST)), (layer, states(0, 1, NARROWEST)), (head(bias=True), x),
                          (head(dtype=torch.float32), x.float()), (head(64), states(1, 1, 64))):
             assert torch.equal(logits(other, y), other(y))
         with torch.autocast("cpu", torch.bfloat16):
