@@ -1,12 +1,14 @@
-"""Order notes in a language that no model has read, under codes that say nothing: the hardest fair case for a small base.
+"""Order notes in a language that no model has read, under codes that say nothing: the hardest case for a small base.
 
-    python scripts/foreign_notes.py OUT [--n 15500 --labels 30 --seed 0]           train.csv, val.csv, test.csv (note, label)
-    python scripts/foreign_notes.py OUT --codes-for train.csv val.csv test.csv     the same tables, each label a code instead
+    python scripts/foreign_notes.py OUT [--n 15500 --labels 30 --seed 0]
+    python scripts/foreign_notes.py OUT --codes-for TABLE [...]      notes of a table under codes, split at random
 
-Made-up words of two or three syllables, as frequent as words are (Zipf).  A label has ten words of its own, one of which
-it shares with a neighbour; a note holds one to three of them among words that decide nothing.  One note in ten names a second
+Each writes train.csv, val.csv and test.csv, with columns note and label.
+
+Made-up words of two or three syllables, as frequent as words are (Zipf).  A label has ten words of its own, one of which it
+shares with a neighbour; a note holds one to three of them among words that decide nothing.  One note in ten names a second
 label's words as well, behind a word that says no, or as what was there before: which of the two counts is in the order of
-words.  One word in forty has a typing error.  Labels are as unequal as orders are, from about 15 % to under 1 %.
+words.  One word in forty has a typing error.  Labels are as unequal as orders are, from 15 % to 1.4 %.
 """
 from __future__ import annotations
 
@@ -48,6 +50,12 @@ def misspelt(rng: np.random.Generator, word: str) -> str:
             word[:at] + LETTERS[int(rng.integers(len(LETTERS)))] + word[at + 1 :]][int(rng.integers(4))] or word
 
 
+def shares(labels: int) -> np.ndarray:
+    """How unequal labels are: the sum is 1."""
+    share: np.ndarray = 1 / (np.arange(labels) + 1.0) ** 0.7
+    return share / share.sum()
+
+
 def write_notes(n: int, labels: int, seed: int) -> list[tuple[str, str]]:
     """n different notes with their labels."""
     rng = np.random.default_rng(seed)
@@ -61,8 +69,7 @@ def write_notes(n: int, labels: int, seed: int) -> list[tuple[str, str]]:
     kept = {word for mine in own for word in mine} | {no, before, after}
     filler = np.array([word not in kept for word in vocabulary])
     frequency = frequency * filler / (frequency * filler).sum()
-    share = 1 / (np.arange(labels) + 1.0) ** 0.7
-    share /= share.sum()
+    share = shares(labels)
     names = codes(rng, labels)
 
     def mentions(label: int) -> list[str]:
@@ -86,34 +93,38 @@ def write_notes(n: int, labels: int, seed: int) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def write_table(path: Path, rows: list[tuple[str, str]]) -> None:
-    """CSV with the columns note and label."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("note", "label"), *rows])
+def under_codes(path: Path, n: int, labels: int, seed: int) -> list[tuple[str, str]]:
+    """At most n notes of a table, a code for each label: the most frequent labels, as unequal as those of `write_notes`."""
+    rng = np.random.default_rng(seed)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [(row["note"], row["label"]) for row in csv.DictReader(file)]
+    rows = [rows[int(at)] for at in rng.permutation(len(rows))]
+    by_label = {label: [row for row in rows if row[1] == label] for label in sorted({label for _, label in rows})}
+    most = sorted(by_label, key=lambda label: -len(by_label[label]))[:labels]
+    share = shares(len(most))
+    names = codes(rng, len(most))
+    total = min(n, *(int(len(by_label[label]) / part) for label, part in zip(most, share, strict=True)))
+    kept = [(note, name) for label, name, part in zip(most, names, share, strict=True)
+            for note, _ in by_label[label][: round(total * part)]]
+    return [kept[int(at)] for at in rng.permutation(len(kept))]
 
 
 def main() -> None:
-    """Write the tables."""
+    """Write train.csv, val.csv and test.csv."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
     parser.add_argument("--n", type=int, default=15_500, help="notes of train, val and test together (80/10/10)")
     parser.add_argument("--labels", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--codes-for", nargs="+", type=Path, default=[], help="tables (note, label) whose labels become codes")
+    parser.add_argument("--codes-for", type=Path, metavar="TABLE", help="take the notes of this table (note, label)")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    if asked.codes_for:
-        tables = {path: [(row["note"], row["label"]) for row in csv.DictReader(path.open(encoding="utf-8", newline=""))]
-                  for path in asked.codes_for}
-        names = sorted({label for rows in tables.values() for _, label in rows})
-        code = dict(zip(names, codes(np.random.default_rng(asked.seed), len(names)), strict=True))
-        for path, rows in tables.items():
-            write_table(asked.out / path.name, [(note, code[label]) for note, label in rows])
-        return
-    rows = write_notes(asked.n, asked.labels, asked.seed)
-    tenth = asked.n // 10
+    rows = under_codes(asked.codes_for, asked.n, asked.labels, asked.seed) if asked.codes_for else \
+        write_notes(asked.n, asked.labels, asked.seed)
+    tenth = len(rows) // 10
     for name, part in (("train", rows[2 * tenth :]), ("val", rows[:tenth]), ("test", rows[tenth : 2 * tenth])):
-        write_table(asked.out / f"{name}.csv", part)
+        with (asked.out / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("note", "label"), *part])
 
 
 if __name__ == "__main__":
