@@ -76,7 +76,8 @@ class Workload:
     new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("seq", 2), ("label_tokens", 1), ("r", 1), ("blocksize", 1), ("accumulate", 1), ("new_tokens", 0)):
+        for name, least in (("batch", 1), ("seq", 2), ("label_tokens", 1), ("r", 1), ("blocksize", 1), ("accumulate", 1),
+                            ("new_tokens", 0)):
             if not least <= getattr(self, name) <= 1 << 24:
                 raise ConfigError(f"{name} must be a whole number from {least} to {1 << 24:,}, not {getattr(self, name)}")
         if self.state_bits not in (32, 8):
