@@ -569,6 +569,7 @@ def test_new_tokens_stand_in_the_folder_that_predicts(config: TrainConfig, base:
     assert len(weights["model.embed_tokens.weight"]) == len(weights["lm_head.weight"]) == learnt.vocab_size
     assert result.trained == sum(tensor.numel() for tensor in weights.values())
     assert Predictor.load(config.out).predict([note])[0].label in LABELS
+    assert "at most 20 new tokens" in (Path(config.out) / "README.md").read_text()
 
 
 def test_a_resumed_run_keeps_the_tokens_that_it_learnt_where_the_table_has_changed(
