@@ -46,13 +46,14 @@ def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str]
     if config.quantize == "nf4":
         base = f"4-bit NF4{', double-quantized' if config.double_quant else ''}, blocks of {config.blocksize}"
     full = config.tune == "full"
+    all_weights = [("tuned", "all weights" + (f", over at most {config.new_tokens:,} new tokens" if config.new_tokens else ""))]
     adapter = [
         ("adapter", f"LoRA r={config.r}, alpha={config.alpha:g}, dropout={config.dropout:g}"
                     + (", rsLoRA" if config.use_rslora else "") + (", DoRA" if config.use_dora else "")),
         ("targets", ", ".join(config.target_modules)),
     ]
     rows = [
-        ("base model", config.model), ("base weights", base), *([("tuned", "all weights")] if full else adapter),
+        ("base model", config.model), ("base weights", base), *(all_weights if full else adapter),
         ("trained numbers", f"{result.trained:,} of {result.parameters:,} ({result.trained / result.parameters:.2%})"),
         ("data", f"{notes:,} notes, {len(labels)} labels, SHA-256 {file_sha256(config.data)}"),
         ("steps", f"{result.steps} of {config.batch_size} x {config.accumulate} notes"),

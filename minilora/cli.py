@@ -206,7 +206,7 @@ def _memory(args: argparse.Namespace) -> None:
     work = Workload("qlora", args.batch, args.seq, args.label_tokens, args.r,
                     compute=pick_dtype(args.dtype, device), double_quant=args.double_quant,
                     gradient_checkpointing=args.gradient_checkpointing, accumulate=args.accumulate,
-                    state_bits=args.state_bits, resident_bytes=pages, on_gpu=device.type == "cuda")
+                    state_bits=args.state_bits, resident_bytes=pages, on_gpu=device.type == "cuda", new_tokens=args.new_tokens)
     config = shape_of(args.model)
     print(describe(args.model, config, work))
     columns = plan(args.model, config, work, measured=args.measure, device=str(device))

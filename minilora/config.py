@@ -51,6 +51,8 @@ class TrainConfig:
     quantize: Literal["nf4", "none"] = _setting("nf4", "store the base in 4 bits (QLoRA), or not (LoRA)")
     tune: Literal["lora", "full"] = _setting("lora", "train low-rank adapters over a frozen base, or all weights (full; in "
                                                      "float32, needs quantize none)")
+    new_tokens: int = _setting(0, "tokens at most that the tokenizer first learns of the notes, whose language it cuts into "
+                                  "scraps (4000 does); needs tune full, which trains their rows of the embedding")
     double_quant: bool = _setting(True, "quantize the block constants as well")
     blocksize: int = _setting(64, "weights per quantization block")
     r: int = _setting(16, "rank of the update")
@@ -102,7 +104,7 @@ class TrainConfig:
         ranges = [("blocksize", 1, 1 << 16), ("batch_size", 1, 1 << 16), ("accumulate", 1, 1 << 16), ("max_length", 8, 1 << 20),
                   ("lr", 0, 10), ("loraplus_lr_ratio", 1e-3, 1e3), ("warmup", 0, 1), ("weight_decay", 0, 100),
                   ("max_grad_norm", 0, math.inf), ("eval_every", 0, math.inf), ("save_every", 0, math.inf),
-                  ("max_steps", 0, math.inf), ("epochs", 0, 1e6), ("seed", 0, 2 ** 63 - 1)]
+                  ("max_steps", 0, math.inf), ("new_tokens", 0, 1 << 20), ("epochs", 0, 1e6), ("seed", 0, 2 ** 63 - 1)]
         for name, low, high in ranges:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must lie between {low} and {high:g}, not {getattr(self, name)}")
@@ -114,6 +116,9 @@ class TrainConfig:
             raise ConfigError("tune full changes every weight, which 4-bit ones can't be: add quantize none, or tune lora")
         if self.tune == "full" and self.dtype not in ("auto", "float32"):
             raise ConfigError(f"tune full trains float32 weights (small updates are lost in {self.dtype}): leave dtype auto")
+        if self.new_tokens and self.tune != "full":
+            raise ConfigError("new_tokens adds rows to the embedding, which tune lora never trains: add tune full and quantize "
+                              "none")
         if self.state_bits not in (32, 8) or (self.state_bits == 8 and self.optimizer == "adamw"):
             raise ConfigError(f"state_bits must be 32, or 8 with optimizer paged_adamw, not {self.state_bits} with "
                               f"{self.optimizer}")

@@ -171,6 +171,7 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-tokens", type=int, default=16, metavar="N", help="of these, tokens that carry loss")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per optimizer step")
     parser.add_argument("--r", type=int, default=16, metavar="N", help="rank of the update, on all seven linears")
+    parser.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows more of the embedding, in full")
     parser.add_argument("--optimizer", choices=("adamw", "paged_adamw"), default="adamw", help="as in train")
     parser.add_argument("--state-bits", type=int, choices=(32, 8), default=32, help="of each moment")
     parser.add_argument("--resident-mib", type=float, default=128.0, metavar="X", help="MiB of pages in memory (paged_adamw)")

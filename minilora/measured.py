@@ -137,7 +137,7 @@ def run(config: LlamaConfig, work: Workload, device: str = "cpu", folder: str | 
     Args: folder: where a page file may lie.
     Raises: MiniloraError: the system does not tell the peak.
     """
-    on = torch.device(device)
+    on, config = torch.device(device), work.shape(config)
     small = LlamaConfig.from_dict({**SHAPES["110m"], "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
                                    "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 64})
     for warm in (small, config):        # torch takes memory of its own at its first step

@@ -21,7 +21,7 @@ Lessons 01 and 19 explain it.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class Workload:
         compute: type of the arithmetic; float32 for kind full.
         state_bits: of each moment. resident_bytes: budget of pages; None keeps all moments in memory.
         accumulate: micro-batches of a step. on_gpu: attention then stays in the compute type.
+        new_tokens: rows more of embedding and head, in a run of kind full.
     """
 
     kind: Kind
@@ -72,15 +73,21 @@ class Workload:
     state_bits: int = 32
     resident_bytes: int | None = None
     on_gpu: bool = False
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("seq", 2), ("label_tokens", 1), ("r", 1), ("blocksize", 1), ("accumulate", 1)):
+        for name, least in (("batch", 1), ("seq", 2), ("label_tokens", 1), ("r", 1), ("blocksize", 1), ("accumulate", 1),
+                            ("new_tokens", 0)):
             if not least <= getattr(self, name) <= 1 << 24:
                 raise ConfigError(f"{name} must be a whole number from {least} to {1 << 24:,}, not {getattr(self, name)}")
         if self.state_bits not in (32, 8):
             raise ConfigError(f"state_bits must be 32 or 8, not {self.state_bits}")
         if self.kind == "full" and self.compute != torch.float32:
             raise ConfigError(f"kind full trains float32 weights, not {self.compute}")
+
+    def shape(self, config: LlamaConfig) -> LlamaConfig:
+        """What is trained, of a base of this shape."""
+        return replace(config, vocab_size=config.vocab_size + (self.new_tokens if self.kind == "full" else 0))
 
     @property
     def computed(self) -> int:
@@ -141,7 +148,7 @@ def predict(config: LlamaConfig, work: Workload) -> Memory:
     Guarantee: weights to optimizer are exact; activations within 2.5 % of what autograd keeps (tests/test_memory.py); the peak
         within 10 % of a run's for 110 million and 1.1 billion parameters (`minilora memory --measure`).
     """
-    compute = work.compute.itemsize
+    config, compute = work.shape(config), work.compute.itemsize
     linears = config.linear_shapes()
     in_blocks, everything = linear_parameters(config), num_parameters(config)
     adapted = {name: shape for name, shape in linears.items() if is_target(name, work.target_modules)}

@@ -21,6 +21,7 @@ from minilora.data.tables import MAX_LABEL_LENGTH, Row, iter_table
 from minilora.duplicates import find_twins
 from minilora.errors import DataError
 from minilora.identifiers import identifier_kinds
+from minilora.llama.new_tokens import ADVICE, FOREIGN, tokens_a_word
 from minilora.llama.tokenizer import Tokenizer
 
 RARE = 10               # rows below which a label is called rare
@@ -48,7 +49,7 @@ class TableCheck:
         conflicting: rows whose note has another label elsewhere. labels: rows by label, the most frequent first; None without
             a label column, or where its values are no labels.
         tokens: 0th, 50th, 95th and 100th percentile of a note's tokens; histogram: rows up to each of `BINS`, the rest last.
-        identifiers: rows that seem to hold one, by kind.
+        tokens_a_word: of letters, on average. identifiers: rows that seem to hold one, by kind.
     """
 
     n: int
@@ -62,6 +63,7 @@ class TableCheck:
     labels: dict[str, int] | None
     tokens: tuple[int, int, int, int]
     histogram: list[int]
+    tokens_a_word: float
     identifiers: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def check_table(path: str | Path, input_column: str, label_column: str | None, t
         twins.same, twins.near, _conflicting(rows, notes, named) if named is not None else 0, labels if sensible else None,
         (spread[0], spread[1], spread[2], spread[3]),
         np.bincount(np.searchsorted(BINS, lengths), minlength=len(BINS) + 1).tolist(),
+        tokens_a_word(tokenizer, (row.text for row in rows)),
         {kind: identifiers[kind] for kind in sorted(identifiers, key=lambda kind: -identifiers[kind])})
 
 
@@ -130,6 +133,9 @@ def format_check(found: TableCheck, max_length: int = 512) -> str:
     low, median, high, most = found.tokens
     lines += ["", f"tokens of a note: {low} to {most}, half up to {median}, 95 % up to {high}"
               + (f"; with prompt and label at most {max_length} are read (--max-length)" if most > max_length // 2 else "")]
+    if found.tokens_a_word > FOREIGN:
+        lines.append(f"a word is cut into {found.tokens_a_word:.1f} tokens: the tokenizer does not know this language; "
+                     f"{ADVICE}")
     edges, top = [0, *BINS], max(found.histogram, default=0)
     for number, n in enumerate(found.histogram):
         if n:

@@ -8,7 +8,8 @@ so how a batch is split changes the gradient by rounding only (the mean of micro
 transformers issues 34191, 35203).  The prompt carries no loss, and logits are computed only where there is a label.
 
 Rate: linear warm-up, then a cosine to zero.  Base: frozen, 4-bit or dense.  Adapters, gradients and moments: float32.
-With ``tune = "full"`` there are no adapters: all weights are float32 and trained.
+With ``tune = "full"`` there are no adapters: all weights are float32 and trained; with ``new_tokens`` the tokenizer learns
+the notes' words before (`llama.new_tokens`).
 
 Lesson 14 explains it.
 """
@@ -30,7 +31,7 @@ from minilora.adapters import base_digest, save_adapter, save_extra
 from minilora.card import write_model_card
 from minilora.config import TrainConfig
 from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
-from minilora.data.prompts import Example, check_ids, encode_example, load_template, longest_label
+from minilora.data.prompts import Example, check_ids, clean_note, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
 from minilora.errors import CheckpointError, ConfigError, DataError, MiniloraError, StoppedError, memory_reason
 from minilora.files import file_sha256
@@ -38,6 +39,7 @@ from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
 from minilora.llama.config import LlamaConfig
+from minilora.llama.new_tokens import ADVICE, FOREIGN, add_rows, learn_tokens, pieces, tokens_a_word
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.locks import Unlocked
@@ -101,6 +103,10 @@ def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: l
             # Not quoted: where the columns were mixed up, the "label" is a patient's note.
             raise DataError(f"{path} row {number}: its label does not occur in the training table {config.data}; correct it, "
                             "or train on notes of that label as well")
+    asked = labels is None and not config.quiet and not config.new_tokens
+    if asked and (scraps := tokens_a_word(tokenizer, (note for note, *_ in rows))) > FOREIGN:
+        warnings.warn(f"{path}: a word is cut into {scraps:.1f} tokens: the tokenizer does not know this language; {ADVICE}",
+                      stacklevel=2)
     reserve = longest_label(tokenizer, known)
     examples = []
     for note, label, number in tqdm(rows, desc="tokenize", unit="row", disable=config.quiet or len(rows) < 5000, leave=False):
@@ -112,6 +118,19 @@ def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: l
         warnings.warn(f"{path}: {cut:,} of {len(examples):,} notes are longer than max_length {config.max_length} has room "
                       "for: of each the first two thirds and the last third of the tokens that fit are kept", stacklevel=2)
     return examples, known
+
+
+def _with_new_tokens(tokenizer: Tokenizer, config: TrainConfig, rows: int) -> tuple[Tokenizer, list[list[int]]]:
+    """The run's tokenizer, and what each token past the `rows` of the base's embedding was before: its ids."""
+    if not config.new_tokens:
+        return tokenizer, []
+    if config.resume and has_checkpoint(Path(config.out)):      # what it learnt, even where the table has changed since
+        grown = read_tokenizer(config.out)
+    else:
+        table = training_examples(config.data, config.input_column, config.label_column)
+        # A space in front: a note's first word follows one, as the others do.
+        grown = learn_tokens(tokenizer, (" " + clean_note(note) for note, *_ in table), config.new_tokens, rows)
+    return grown, pieces(tokenizer, grown, rows)
 
 
 def _steps(examples: list[Example], config: TrainConfig, first: int, total: int) -> Iterator[list[list[int]]]:
@@ -155,8 +174,10 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     if config.max_length > llama.max_position_embeddings:
         raise ConfigError(f"max_length {config.max_length} exceeds the model's {llama.max_position_embeddings} positions")
     table = file_sha256(config.data) if Path(config.data).is_file() else ""
-    examples, labels = encode_table(config.data, config, tokenizer, None, llama.vocab_size)
-    validation = encode_table(config.val, config, tokenizer, labels, llama.vocab_size)[0] if config.val else []
+    tokenizer, made_of = _with_new_tokens(tokenizer, config, llama.vocab_size)
+    vocabulary = llama.vocab_size + len(made_of)
+    examples, labels = encode_table(config.data, config, tokenizer, None, vocabulary)
+    validation = encode_table(config.val, config, tokenizer, labels, vocabulary)[0] if config.val else []
 
     # PiSSA and LoftQ change the base.  That is not done twice: a resumed run goes on over the base that it saved.
     start = None if full or config.init_lora_weights == "lora" else config.init_lora_weights
@@ -166,6 +187,8 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
                            double_quant=config.double_quant, blocksize=config.blocksize, dtype=dtype,
                            device=team.reads_to or device, pad_vocab=config.pad_vocab, progress=not config.quiet,
                            cache=config.cache)
+    if made_of:
+        add_rows(model, made_of)
     torch.manual_seed(config.seed)
     if not full:
         add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))

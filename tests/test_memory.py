@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def test_what_is_stored_is_exact(kind: Any, options: dict[str, Any], shape: dict
     assert (parts.weights, parts.absmax, parts.adapters) == (everything - adapters - absmax, absmax, adapters)
     assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     assert parts.optimizer == 2 * parts.gradients
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_are_rows_of_what_is_trained_in_full(tied: bool) -> None:
+    config = LlamaConfig.from_dict({**SMALL, "tie_word_embeddings": tied})
+    grown = LlamaConfig.from_dict({**SMALL, "tie_word_embeddings": tied, "vocab_size": config.vocab_size + 77})
+    full = Workload("full", compute=torch.float32)
+    assert predict(config, replace(full, new_tokens=77)) == predict(grown, full) != predict(config, full)
+    assert predict(config, Workload("qlora", new_tokens=77)) == predict(config, Workload("qlora"))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minilora import load_tokenizer
 from minilora.cli import main
 from minilora.errors import DataError
 from minilora.llama.tokenizer import read_tokenizer
@@ -91,3 +92,13 @@ def test_the_command_prints_and_writes_it(tmp_path: Path, capsys: pytest.Capture
     assert main(["data", "check", "none.csv"]) == 2
     assert main(["data", "check", str(data), "--json", "found.json"]) == 2 and "--overwrite" in capsys.readouterr().err
     assert main(["data", "check", "--n", "100"]) == 0 and (tmp_path / "check" / "train.csv").is_file(), "a folder called check"
+
+
+def test_a_language_that_the_tokenizer_cuts_into_scraps_is_told_with_what_helps(tmp_path: Path) -> None:
+    """By hand: a token a byte and one for the space, so "abc" and "de" take four and three."""
+    found = check(tmp_path, [("abc 12 de.", "X"), ("abc", "Y")])
+    assert found.tokens_a_word == pytest.approx((4 + 3 + 4) / 3) and "3.7 tokens" in format_check(found)
+    assert "--new-tokens" in format_check(found)
+    english = check_table(write_csv(tmp_path / "e.csv", [("fall, knee pain", "X")], ("note", "label")), "note", None,
+                          load_tokenizer("tiny"))
+    assert 1 <= english.tokens_a_word < 2 and "--new-tokens" not in format_check(english)

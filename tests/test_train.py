@@ -377,7 +377,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) 
             train(config)
 
 
-@pytest.mark.parametrize(("step", "options"), [(1, {}), (2, {}), (5, {}), (5, {"tune": "full", "quantize": "none"})])
+FULL = {"tune": "full", "quantize": "none"}
+
+
+@pytest.mark.parametrize(("step", "options"), [(1, {}), (2, {}), (5, {}), (5, FULL), (5, {**FULL, "new_tokens": 20})])
 def test_a_stopped_run_resumes_to_the_bytes_of_a_whole_one(
         config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, options: dict[str, Any]) -> None:
     config = dataclasses.replace(config, val=config.data, eval_every=4, **options)
@@ -555,6 +558,35 @@ def test_full_tuning_of_a_tied_model_keeps_it_tied(config: TrainConfig, tmp_path
 def test_full_tuning_takes_a_tenth_of_the_default_rate(config: TrainConfig) -> None:
     train(dataclasses.replace(config, tune="full", quantize="none", lr=0.0, max_steps=1))
     assert metrics(Path(config.out))[0]["lr"] == pytest.approx(2e-5 * 4096 / 64)
+
+
+def test_new_tokens_stand_in_the_folder_that_predicts(config: TrainConfig, base: Path) -> None:
+    result = train(dataclasses.replace(config, **FULL, dtype="auto", lr=1e-3, new_tokens=20))
+    known, learnt = load_tokenizer(base), load_tokenizer(config.out)
+    note = notes(1)[0][0]
+    assert learnt.vocab_size == known.vocab_size + 20 and len(learnt.encode(note)) < len(known.encode(note)) - 8
+    weights = load_file(Path(config.out) / "model.safetensors")
+    assert len(weights["model.embed_tokens.weight"]) == len(weights["lm_head.weight"]) == learnt.vocab_size
+    assert result.trained == sum(tensor.numel() for tensor in weights.values())
+    assert Predictor.load(config.out).predict([note])[0].label in LABELS
+    assert "at most 20 new tokens" in (Path(config.out) / "README.md").read_text()
+
+
+def test_a_resumed_run_keeps_the_tokens_that_it_learnt_where_the_table_has_changed(
+        config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write_csv(tmp_path / "changing.csv", notes(24))
+    config = dataclasses.replace(config, **FULL, new_tokens=20, data=str(table))
+    stop_after(monkeypatch, config, 3)
+    before = (Path(config.out) / "tokenizer.json").read_bytes()
+    write_csv(table, [(note[::-1], label) for note, label in notes(24)])
+    with pytest.warns(UserWarning, match="has changed since step 2"):
+        train(dataclasses.replace(config, resume=True))
+    assert (Path(config.out) / "tokenizer.json").read_bytes() == before
+
+
+def test_new_tokens_need_rows_that_are_trained(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="add tune full"):
+        dataclasses.replace(config, new_tokens=20)
 
 
 @pytest.mark.parametrize(("options", "words"), [({"tune": "full"}, "quantize none"),

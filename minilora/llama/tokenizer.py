@@ -95,6 +95,10 @@ class Tokenizer:
         """The spelling of a token in the vocabulary, or None."""
         return None if token_id is None else self._backend.id_to_token(token_id)
 
+    def spell(self, token: str) -> list[int]:
+        """Ids of the tokens that spell one of a larger vocabulary; `token` is written as in tokenizer.json."""
+        return [part.id for part in self._backend.model.tokenize(token)]
+
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files into `folder`, so that `load_tokenizer(folder)` is this tokenizer again.
 
