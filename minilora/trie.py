@@ -25,7 +25,7 @@ and whose window is exceeded scores each label as a sequence of its own.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -160,36 +160,44 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
     check_ids(trie.tokens[1:], model.model.embed_tokens.num_embeddings)
     scores = torch.empty(len(prompt_ids), len(trie))
     chunks = tree_chunks(trie, normalize, CHUNK_NODES, model.device)
-    widest = max(len(chunk.tokens) for chunk in chunks)
-    # Longest first: where memory is short, the first batch tells.
-    waiting = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
+    calls = _in_forests if len(chunks) == 1 and chunks[0].readers and grows_on(model) else _in_batches
     with evaluation_mode(model):
-        if len(chunks) == 1 and chunks[0].readers and grows_on(model):
-            waiting = []
-            rows = batch_tokens or BATCH_TOKENS * max(1, WIDE // model.config.hidden_size)
-            for forest in forests(prompt_ids, chunks[0], rows):
-                hidden = model.hidden(forest.input_ids, forest.trees, forest.position_ids, at=forest.at)[0]
-                steps = torch.zeros(len(forest.prompts), len(trie.tokens))
-                _read_steps(model, trie, chunks[0], hidden.view(len(steps), -1, hidden.shape[-1]), normalize, steps)
-                scores[forest.prompts] = _sum_over_paths(trie, steps, normalize)
-                if on_progress is not None:
-                    on_progress(len(forest.prompts))
-        while waiting:
-            longest = len(prompt_ids[waiting[0]])
-            indices = waiting[: max(1, (batch_tokens or BATCH_TOKENS) // (longest + widest))]
-            prompts = [list(prompt_ids[index]) for index in indices]
-            windows = set(model.config.sliding_windows)
-            if len(windows) > 1 and any(w is not None and w < longest + trie.longest for w in windows):
-                steps = _steps_by_label(model, trie, prompts, normalize)
-            else:
-                steps = _steps_by_tree(model, trie, chunks, prompts, normalize)
+        for indices, steps in calls(model, trie, chunks, prompt_ids, batch_tokens, normalize):
             scores[indices] = _sum_over_paths(trie, steps, normalize).cpu()
-            waiting = waiting[len(indices) :]
             if on_progress is not None:
                 on_progress(len(indices))
     if not scores.isfinite().all():
         raise ConfigError("the model's logits are not finite in this compute type; use --dtype float32 or bfloat16")
     return scores
+
+
+def _in_forests(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeChunk], prompt_ids: Sequence[Sequence[int]],
+                batch_tokens: int | None, normalize: Normalization) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices of the prompts of each call, laid out without padding, and `_steps_by_tree` of them."""
+    tree, = chunks
+    for forest in forests(prompt_ids, tree, batch_tokens or BATCH_TOKENS * max(1, WIDE // model.config.hidden_size)):
+        hidden = model.hidden(forest.input_ids, forest.trees, forest.position_ids, at=forest.at)[0]
+        steps = torch.zeros(len(forest.prompts), len(trie.tokens))
+        _read_steps(model, trie, tree, hidden.view(len(steps), -1, hidden.shape[-1]), normalize, steps)
+        yield forest.prompts, steps
+
+
+def _in_batches(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeChunk], prompt_ids: Sequence[Sequence[int]],
+                batch_tokens: int | None, normalize: Normalization) -> Iterator[tuple[list[int], Tensor]]:
+    """The same of prompts of like length, padded."""
+    widest = max(len(chunk.tokens) for chunk in chunks)
+    windows = set(model.config.sliding_windows)
+    # Longest first: where memory is short, the first batch tells.
+    waiting = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
+    while waiting:
+        longest = len(prompt_ids[waiting[0]])
+        indices = waiting[: max(1, (batch_tokens or BATCH_TOKENS) // (longest + widest))]
+        prompts = [list(prompt_ids[index]) for index in indices]
+        if len(windows) > 1 and any(w is not None and w < longest + trie.longest for w in windows):
+            yield indices, _steps_by_label(model, trie, prompts, normalize)
+        else:
+            yield indices, _steps_by_tree(model, trie, chunks, prompts, normalize)
+        waiting = waiting[len(indices) :]
 
 
 def _steps_by_tree(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeChunk], prompts: list[list[int]],

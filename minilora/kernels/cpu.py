@@ -39,7 +39,7 @@ class Constants:
     nested: Tensor | None = None
     offset: float = 0.0
     blocksize: int = 256
-    made: list[tuple[tuple[int, ...], _Packed]] = field(default_factory=list, repr=False)     # what a kernel took last
+    made: list[tuple[tuple[int, ...], _Packed]] = field(default_factory=list, repr=False, compare=False)    # `_weight`'s
 
 
 class _Packed(ctypes.Structure):
@@ -175,7 +175,7 @@ class Kernel:
     @staticmethod
     def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int) -> _Packed:
         # Checked and made once for a weight that stays where it is: a token in decoding asks for hundreds.
-        lying = (n, blocksize, *(0 if tensor is None else tensor.data_ptr() for tensor in (
+        lying = (n, blocksize, packed.numel(), *(0 if tensor is None else tensor.data_ptr() for tensor in (
             packed, code, constants.absmax, constants.codes, constants.dynamic, constants.nested)))
         if constants.made and constants.made[0][0] == lying:
             return constants.made[0][1]

@@ -1,7 +1,7 @@
 """Attention of one position a sequence (`block_query.h`) against its formula in float64."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,21 +11,9 @@ from torch import Tensor
 
 from minilora.kernels import block
 from minilora.llama.frugal import attention
-from tests.kernels.test_block import FORMS, heads, make, native, normal
+from tests.kernels.test_block import heads, kernel, native, normal, threads
 
-__all__ = ["native"]
-
-
-@pytest.fixture(scope="module", params=FORMS)
-def kernel(request: pytest.FixtureRequest) -> block.Kernel:
-    return make(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+__all__ = ["kernel", "native", "threads"]    # fixtures
 
 
 def cached(batch: int, count: int, length: int, dim: int, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention over trees (`block_trees.h`) against its formula in float64, and against torch's attention with a mask."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,19 +12,9 @@ from torch import Tensor
 
 from minilora.kernels import block
 from minilora.llama.trees import Queries, Trees
-from tests.kernels.test_block import FORMS, heads, make
+from tests.kernels.test_block import heads, kernel, threads
 
-
-@pytest.fixture(scope="module", params=FORMS)
-def kernel(request: pytest.FixtureRequest) -> block.Kernel:
-    return make(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+__all__ = ["kernel", "threads"]      # fixtures
 
 
 def layout(sequences: int, nodes: int, longest: int, seed: int, every: bool = True) -> tuple[Trees, int]:
