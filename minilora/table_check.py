@@ -21,7 +21,7 @@ from minilora.data.tables import MAX_LABEL_LENGTH, Row, iter_table
 from minilora.duplicates import find_twins
 from minilora.errors import DataError
 from minilora.identifiers import identifier_kinds
-from minilora.llama.new_tokens import ADVICE, FOREIGN, tokens_a_word
+from minilora.llama.new_tokens import of_language, tokens_a_word
 from minilora.llama.tokenizer import Tokenizer
 
 RARE = 10               # rows below which a label is called rare
@@ -133,9 +133,8 @@ def format_check(found: TableCheck, max_length: int = 512) -> str:
     low, median, high, most = found.tokens
     lines += ["", f"tokens of a note: {low} to {most}, half up to {median}, 95 % up to {high}"
               + (f"; with prompt and label at most {max_length} are read (--max-length)" if most > max_length // 2 else "")]
-    if found.tokens_a_word > FOREIGN:
-        lines.append(f"a word is cut into {found.tokens_a_word:.1f} tokens: the tokenizer does not know this language; "
-                     f"{ADVICE}")
+    if language := of_language(found.tokens_a_word):
+        lines.append(language)
     edges, top = [0, *BINS], max(found.histogram, default=0)
     for number, n in enumerate(found.histogram):
         if n:

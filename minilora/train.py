@@ -39,7 +39,7 @@ from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
 from minilora.llama import checkpoint
 from minilora.llama.config import LlamaConfig
-from minilora.llama.new_tokens import ADVICE, FOREIGN, add_rows, learn_tokens, pieces, tokens_a_word
+from minilora.llama.new_tokens import add_rows, learn_tokens, of_language, pieces, tokens_a_word
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from minilora.loading import load_model, pick_device, pick_dtype
 from minilora.locks import Unlocked
@@ -104,9 +104,8 @@ def encode_table(path: str, config: TrainConfig, tokenizer: Tokenizer, labels: l
             raise DataError(f"{path} row {number}: its label does not occur in the training table {config.data}; correct it, "
                             "or train on notes of that label as well")
     asked = labels is None and not config.quiet and not config.new_tokens
-    if asked and (scraps := tokens_a_word(tokenizer, (note for note, *_ in rows))) > FOREIGN:
-        warnings.warn(f"{path}: a word is cut into {scraps:.1f} tokens: the tokenizer does not know this language; {ADVICE}",
-                      stacklevel=2)
+    if asked and (language := of_language(tokens_a_word(tokenizer, (note for note, *_ in rows)))):
+        warnings.warn(f"{path}: {language}", stacklevel=2)
     reserve = longest_label(tokenizer, known)
     examples = []
     for note, label, number in tqdm(rows, desc="tokenize", unit="row", disable=config.quiet or len(rows) < 5000, leave=False):

@@ -32,7 +32,6 @@ from minilora.llama.strict_json import read_object
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 
 FOREIGN = 2.5   # tokens a word from which a tokenizer does not know a language: 1.2 to 1.4 is English to one of English
-ADVICE = "a small model learns it better with --tune full --quantize none --new-tokens 4000"
 LEAST = 5       # times that a pair stands in the text; a rarer one says little, and may be somebody's name
 
 
@@ -40,6 +39,14 @@ def tokens_a_word(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Tokens into which a word of letters is cut, on average; 0 where there is none."""
     words = Counter(word for text in texts for word in re.findall(r"[^\W\d_]+", text))
     return sum(len(tokenizer.encode(f" {word}", bos=False)) * n for word, n in words.items()) / max(1, words.total())
+
+
+def of_language(scraps: float) -> str:
+    """What to tell of notes whose words are cut into so many tokens; nothing where the tokenizer knows their language."""
+    if scraps <= FOREIGN:
+        return ""
+    return (f"a word is cut into {scraps:.1f} tokens: the tokenizer does not know this language; a small model whose tokenizer is "
+            "like that of tiny, Llama 3 or Qwen2 learns it better with --tune full --quantize none --new-tokens 4000")
 
 
 def learn_merges(words: Sequence[tuple[list[int], int]], limit: int, least: int = LEAST, first: int = 0
@@ -114,7 +121,8 @@ def learn_tokens(tokenizer: Tokenizer, texts: Iterable[str], limit: int, first: 
             text = backend.normalizer.normalize_str(text) if backend.normalizer else text
             counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
         words = [([token.id for token in backend.model.tokenize(word)], count) for word, count in counts.items()]
-        _add(content, learn_merges(words, limit, first=max(first, tokenizer.vocab_size)), max(first, tokenizer.vocab_size))
+        first = max(first, tokenizer.vocab_size)
+        _add(content, learn_merges(words, limit, first=first), first)
         write_json(path, content)
         (Path(folder) / "tokenizer.model").unlink(missing_ok=True)      # it would tell other tools of another vocabulary
         return read_tokenizer(folder)
