@@ -45,8 +45,8 @@ def of_language(scraps: float) -> str:
     """What to tell of notes whose words are cut into so many tokens; nothing where the tokenizer knows their language."""
     if scraps <= FOREIGN:
         return ""
-    return (f"a word is cut into {scraps:.1f} tokens: the tokenizer does not know this language; a small model whose tokenizer is "
-            "like that of tiny, Llama 3 or Qwen2 learns it better with --tune full --quantize none --new-tokens 4000")
+    return (f"a word is cut into {scraps:.1f} tokens: the tokenizer does not know this language; a small model whose tokenizer "
+            "is like that of tiny, Llama 3 or Qwen2 learns it better with --tune full --quantize none --new-tokens 4000")
 
 
 def learn_merges(words: Sequence[tuple[list[int], int]], limit: int, least: int = LEAST, first: int = 0
