@@ -198,6 +198,14 @@ MUTATIONS = (
              "tests/test_trie.py"),
     Mutation("trie nodes see their siblings", TRIE, "visible = torch.eye(len(nodes), dtype=torch.bool)",
              "visible = torch.ones(len(nodes), len(nodes), dtype=torch.bool).tril()", "tests/test_trie.py"),
+    Mutation("forest: a prompt forgets what it shares", "forest.py", "np.concatenate((rows[:same], own)), total",
+             "np.concatenate((rows[same:same], own)), total", "tests/test_forest.py"),
+    Mutation("forest: a node does not see its ancestors", "llama/trees.py", "keys[length:][self.visible[node]]",
+             "keys[length:][node : node + 1]", "tests/kernels/test_trees.py"),
+    Mutation("new tokens: a pair is counted once a word", "llama/new_tokens.py", "found[pair] += counts[at]",
+             "found[pair] = counts[at]", "tests/llama/test_new_tokens.py"),
+    Mutation("new tokens: a row starts as one piece's", "llama/new_tokens.py", "table[ids].float().mean(0) if ids",
+             "table[ids[0]].float() if ids", "tests/llama/test_new_tokens.py"),
 )
 
 

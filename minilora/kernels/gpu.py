@@ -1,4 +1,4 @@
-"""The Triton kernels of `nf4_triton.py`, called with tensors on a GPU.
+"""The Triton kernels of `nf4_triton.py` and `product_triton.py`, called with tensors on a GPU.
 
 `kernel(device)` launches them, or is None where there are none: then the caller takes `reference`, which gives the same bits of
 a weight.  Triton comes with torch's CUDA builds on Linux; where it is missing, or fails, that is so and said once;
@@ -94,8 +94,8 @@ class Kernel:
     machine = "Triton"
 
     def __init__(self, tensor_cores: bool = True) -> None:
-        from minilora.kernels import nf4_triton
-        self._programs: ModuleType = nf4_triton
+        from minilora.kernels import product_triton
+        self._programs: ModuleType = product_triton
         self.shuffled = torch.version.hip is None       # the shuffle is written in the language of NVIDIA's GPUs
         self.fused_rows = FUSED_ROWS if tensor_cores else FUSED_ROWS_WITHOUT
 

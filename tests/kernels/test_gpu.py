@@ -284,8 +284,9 @@ def test_weights_on_another_device_bring_their_tables_along() -> None:
 @pytest.mark.usefixtures("untried")
 def test_without_triton_the_reference_is_used_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "minilora.kernels.nf4_triton", raising=False)
-    monkeypatch.delattr(kernels, "nf4_triton", raising=False)       # where another test imported it
+    for name in ("nf4_triton", "product_triton"):
+        monkeypatch.delitem(sys.modules, f"minilora.kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)           # where another test imported it
     with pytest.warns(RuntimeWarning, match=r"slow path in plain torch on the GPU: .*triton") as caught:
         assert [gpu.kernel(torch.device("cuda", index)) for index in (0, 1, 0)] == [None] * 3
     assert len(caught) == 1

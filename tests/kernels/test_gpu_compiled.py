@@ -50,9 +50,9 @@ def compiled(name: str, dtype: torch.dtype, capability: int = 80, *, fusion: boo
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from minilora.kernels import nf4_triton
+    from minilora.kernels import product_triton
 
-    function = getattr(nf4_triton, name)
+    function = getattr(product_triton, name)
     words = sizes.get("RUN", 32) >= 8 and not sizes.get("SHORT")
     sizes = {"BLOCKSIZE": 64, "NESTED": 256, "WORDS": words, "SHUFFLED": True, "PARTS": 1, "DIRECT": dtype != SINGLES,
              "EVEN": True, **sizes}
