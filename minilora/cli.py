@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from minilora import store_commands, task_commands
-from minilora.config import TrainConfig, read_toml
+from minilora.config import TrainConfig, check_offloading, read_toml
 from minilora.errors import ConfigError, MiniloraError, StoppedError, memory_reason
 from minilora.flags import (
     NO_SETTINGS,
@@ -202,11 +202,13 @@ def _memory(args: argparse.Namespace) -> None:
     device = torch.device("cuda") if args.device.startswith("cuda") and not args.measure else pick_device(args.device)
     if not 0 < args.resident_mib < 2 ** 30:
         raise ConfigError(f"--resident-mib must be a number of MiB above 0, not {args.resident_mib}")
+    check_offloading(args.activation_offloading, args.gradient_checkpointing, device.type)
     pages = int(args.resident_mib * 2 ** 20) if args.optimizer == "paged_adamw" else None
     work = Workload("qlora", args.batch, args.seq, args.label_tokens, args.r,
                     compute=pick_dtype(args.dtype, device), double_quant=args.double_quant,
-                    gradient_checkpointing=args.gradient_checkpointing, accumulate=args.accumulate,
-                    state_bits=args.state_bits, resident_bytes=pages, on_gpu=device.type == "cuda", new_tokens=args.new_tokens)
+                    gradient_checkpointing=args.gradient_checkpointing, activation_offloading=args.activation_offloading,
+                    accumulate=args.accumulate, state_bits=args.state_bits, resident_bytes=pages,
+                    on_gpu=device.type == "cuda", new_tokens=args.new_tokens)
     config = shape_of(args.model)
     print(describe(args.model, config, work))
     columns = plan(args.model, config, work, measured=args.measure, device=str(device))

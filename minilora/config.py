@@ -27,7 +27,7 @@ else:
 
 # Settings that a resumed run may change.
 MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device",
-              "resident_mib", "page_bytes", "backing", "cache"}
+              "resident_mib", "page_bytes", "backing", "cache", "activation_offloading"}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -83,6 +83,8 @@ class TrainConfig:
     weight_decay: float = _setting(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm; 0 = never")
     gradient_checkpointing: bool = _setting(False, "recompute activations in backward: less memory, a third more time")
+    activation_offloading: bool = _setting(False, "keep in host memory what gradient checkpointing keeps, for notes that a GPU "
+                                                  "does not hold otherwise")
     eval_every: int = _setting(0, "optimizer steps between validations; 0 = at the end only")
     save_every: int = _setting(200, "optimizer steps between checkpoints; 0 = at the end only")
     seed: int = _setting(0, "fixes initial adapters, order and dropout")
@@ -159,6 +161,18 @@ class TrainConfig:
             if was != now[name]:
                 raise ConfigError(f"resume: {name} is {now[name]!r} and was {was!r} in {path}; give it as before, or start "
                                   "another run")
+
+
+def check_offloading(offloading: bool, checkpointing: bool, device: str) -> None:
+    """Refuse to offload where there is nothing to offload, or nowhere else: `device` is a type, as torch names them.
+
+    Raises: ConfigError: so.
+    """
+    if offloading and not checkpointing:
+        raise ConfigError("activation_offloading moves what gradient checkpointing keeps: add --gradient-checkpointing")
+    if offloading and device == "cpu":
+        raise ConfigError("activation_offloading moves a GPU's activations to host memory, and the device is the CPU: leave it "
+                          "out")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident-mib", type=float, default=128.0, metavar="X", help="MiB of pages in memory (paged_adamw)")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                         help="recompute activations in backward")
+    parser.add_argument("--activation-offloading", action=argparse.BooleanOptionalAction, default=False,
+                        help="keep in host memory what that keeps")
     parser.add_argument("--dtype", default="bfloat16", help="compute type of LoRA and QLoRA: float32, bfloat16 or float16")
     parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
                         help="quantize the block constants as well")

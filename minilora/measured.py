@@ -27,7 +27,7 @@ from minilora.layers.lora import LoRAConfig
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.layers.qlora import add_lora
 from minilora.llama.config import LlamaConfig
-from minilora.llama.model import LlamaDecoderLayer, LlamaForCausalLM
+from minilora.llama.model import MLP_ROWS, LlamaDecoderLayer, LlamaForCausalLM
 from minilora.loss import label_loss
 from minilora.memory import Memory, Peaks, Workload
 from minilora.optim.adamw import AdamW
@@ -54,19 +54,25 @@ def make_model(config: LlamaConfig, work: Workload, device: str | torch.device =
                          work.double_quant)
     if work.kind != "full":
         add_lora(model, LoRAConfig(work.r, target_modules=work.target_modules), torch.Generator().manual_seed(0))
-    model.gradient_checkpointing = work.gradient_checkpointing
+    model.gradient_checkpointing, model.activation_offloading = work.gradient_checkpointing, work.activation_offloading
     return model.train()
 
 
 @contextmanager
-def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Storages that autograd keeps of what is computed inside, but for the model's own: address -> bytes."""
+def kept_for_backward(model: LlamaForCausalLM, offloaded: dict[int, int] | None = None) -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps of what is computed inside, but for the model's own: address -> bytes.
+
+    Args: offloaded: where those are noted that lie elsewhere than the model.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if tensor.device != model.device:
+            if offloaded is not None:
+                offloaded[storage.data_ptr()] = storage.nbytes()
+        elif storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -74,15 +80,16 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
         yield kept
 
 
-def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int]:
-    """Bytes of activations and of logits that one forward keeps or makes.
+def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int, int]:
+    """Bytes of activations and of logits that one forward keeps or makes, and of activations that it offloads.
 
     Activations are what is kept until the head is done; with checkpointing, the inside of half a block as well.  Logits are the
     head's result where it is 16-bit, and what the loss keeps of it, twice: in the forward beside its input, in the backward
     beside its gradient.
     """
     seen: dict[str, int] = {}
-    with kept_for_backward(model) as kept:
+    offloaded: dict[int, int] = {}
+    with kept_for_backward(model, offloaded) as kept:
         def after_head(_: nn.Module, __: object, logits: Tensor) -> None:
             seen.update(activations=sum(kept.values()), head=logits.nbytes if logits.element_size() < 4 else 0)
 
@@ -92,28 +99,44 @@ def kept_by_forward(model: LlamaForCausalLM, batch: Batch) -> tuple[int, int]:
     inside = 0
     if model.gradient_checkpointing:        # cosines and sines the blocks hold themselves, which no hook sees
         inside = largest_part(model, batch) + 2 * batch.input_ids.numel() * model.config.head_dim * model.dtype.itemsize
-    return seen["activations"] + inside, seen["head"] + 2 * (sum(kept.values()) - seen["activations"])
+    return (seen["activations"] + inside, seen["head"] + 2 * (sum(kept.values()) - seen["activations"]),
+            sum(offloaded.values()))
 
 
 def largest_part(model: LlamaForCausalLM, batch: Batch) -> int:
-    """Bytes that the forward of one block keeps where it is not recomputed; with checkpointing, of the larger of its halves."""
+    """Bytes that the forward of one block keeps where it is not recomputed; with checkpointing, of the larger of its halves.
+
+    Of an MLP with more rows than are recomputed at a time, those of so many.
+    """
     at: list[int] = []
+    rows: list[int] = []
     recompute, model.gradient_checkpointing = model.gradient_checkpointing, False
     with kept_for_backward(model) as kept:
         def note(*_: object) -> None:
             at.append(sum(kept.values()))
 
+        def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for shared in args[1:3]:                # cosines and sines belong to no block
+                kept[shared.untyped_storage().data_ptr()] = shared.untyped_storage().nbytes()
+            note()
+
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows.append(args[0][..., 0].numel())
+
         handles = []
         for layer in model.model.layers:
             assert isinstance(layer, LlamaDecoderLayer)
-            handles += [layer.register_forward_pre_hook(note), layer.post_attention_layernorm.register_forward_pre_hook(note),
-                        layer.register_forward_hook(note)]
+            handles += [layer.register_forward_pre_hook(enter), layer.post_attention_layernorm.register_forward_pre_hook(note),
+                        layer.register_forward_hook(note), layer.mlp.register_forward_pre_hook(count)]
         label_loss(model, batch)
     for handle in handles:
         handle.remove()
     model.gradient_checkpointing = recompute
     halves = [(middle - start, end - middle) for start, middle, end in zip(at[::3], at[1::3], at[2::3], strict=True)]
-    return max(max(half) if recompute else sum(half) for half in halves)
+    if not recompute:
+        return max(map(sum, halves))
+    return max(max(attention, mlp * min(count, MLP_ROWS) // count)
+               for (attention, mlp), count in zip(halves, rows, strict=True))
 
 
 @dataclass(frozen=True)
@@ -164,8 +187,9 @@ def run(config: LlamaConfig, work: Workload, device: str = "cpu", folder: str | 
     moments = sum(moment.nbytes for state in optimizer.state_dict()["state"].values()
                   for name, moment in state.items() if name != "step")
     resident = moments if work.resident_bytes is None else min(moments, work.resident_bytes)
-    parts = Memory(weights, absmax, adapters, gradients, resident, *kept_by_forward(model, batch), 0,
-                   moments - resident, largest_part(model, batch))
+    activations, logits, offloaded = kept_by_forward(model, batch)
+    parts = Memory(weights, absmax, adapters, gradients, resident, activations, logits, 0, moments - resident,
+                   largest_part(model, batch), offloaded)
     scratch = max(0, backward - max(Peaks.of(parts, work.accumulate)))
     return Measured(parts._replace(scratch=scratch), backward, step, tuple(losses))
 

@@ -6,10 +6,12 @@
     gradients    float32, of what is trained: all weights, or the adapters alone
     optimizer    two moments of what is trained, float32 or 8 bits; over pages, no more than the budget is in memory
     activations  what the forward keeps for the backward: `block_activations`; with checkpointing, the input of each half of a
-                 block, attention's result, and the inside of one half
+                 block, attention's result, and the inside of one half, which of an MLP is that of some rows; offloaded, those
+                 inputs lie in host memory
     logits       of the label tokens alone: compute type, float32, and their log-softmax
-    scratch      what is made and dropped: one weight unpacked, a block's gradients on their way through its MLP, and, where
-                 all weights are trained, the gradient of a table or the root of its second moment
+    scratch      what is made and dropped: one weight unpacked, a block's gradients on their way through its MLP (or, of long
+                 notes, its attention), and, where all weights are trained, the gradient of a table or the root of its second
+                 moment
 
 Activations and gradients are not there together: the backward drops the ones while it makes the others.  So the peak is the
 largest of three moments: the backward's begin and its end, and the optimizer's step.
@@ -32,6 +34,7 @@ from minilora.layers.lora import ALL_LINEARS
 from minilora.layers.nf4_linear import FUSED_WEIGHTS
 from minilora.layers.qlora import is_target
 from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
+from minilora.llama.model import MLP_ROWS
 from minilora.loss import CHUNK_BYTES, picks
 from minilora.optim.adamw import BLOCKSIZE_8BIT
 from minilora.optim.paged_adamw import SMALLEST_8BIT
@@ -69,6 +72,7 @@ class Workload:
     blocksize: int = 64
     double_quant: bool = True
     gradient_checkpointing: bool = False
+    activation_offloading: bool = False
     accumulate: int = 1
     state_bits: int = 32
     resident_bytes: int | None = None
@@ -103,7 +107,8 @@ class Workload:
 class Memory(NamedTuple):
     """Bytes of a run, by what they hold.
 
-    `paged` lies in host memory or in a file and is in no sum; `block` is the part of the activations that lies in one block.
+    `paged` lies in host memory or in a file, `offloaded` in host memory; neither is in a sum. `block` is the part of the
+    activations that lies in one block.
     """
 
     weights: int
@@ -116,6 +121,7 @@ class Memory(NamedTuple):
     scratch: int
     paged: int = 0
     block: int = 0
+    offloaded: int = 0
 
     def held(self, micro_batches: int = 1) -> dict[Moment, Memory]:
         """The parts that are there at each moment; with several micro-batches, gradients of those before when one begins."""
@@ -167,7 +173,7 @@ def predict(config: LlamaConfig, work: Workload) -> Memory:
     resident = moments if work.resident_bytes is None else min(moments, work.resident_bytes)
     return Memory(weights, absmax, 4 * sum(adapter_sizes), 4 * sum(trained), resident, activations(config, work),
                   logits_bytes(config, work), scratch_bytes(config, work), moments - resident,
-                  largest_part(config, work))
+                  largest_part(config, work), checkpoints(config, work) if work.activation_offloading else 0)
 
 
 def moment_bytes(size: int, state_bits: int) -> int:
@@ -241,7 +247,10 @@ def block_activations(config: LlamaConfig, work: Workload, tokens: int, asked: i
 
 
 def activations(config: LlamaConfig, work: Workload) -> int:
-    """Bytes that the forward keeps for the backward, but for the logits; with checkpointing and the largest half of a block."""
+    """Bytes that the forward keeps for the backward, but for the logits; with checkpointing and the largest half of a block.
+
+    What is offloaded is not among them.
+    """
     tokens, layers = work.batch * work.seq, config.num_hidden_layers
     asked, compute, hidden = work.computed, work.compute.itemsize, config.hidden_size
     kept = tokens * 2 * compute * config.head_dim + asked * (compute * hidden + 4)      # rotation; the last norm
@@ -251,20 +260,31 @@ def activations(config: LlamaConfig, work: Workload) -> int:
     # Where the last block asks at some positions alone: those rows of its input, a mask, and their cosines and sines.
     some = asked * (4 * work.seq + 2 * compute * config.head_dim) if asked < tokens else 0
     if work.gradient_checkpointing:
-        remembered = 0 if work.on_gpu or compute == 4 else block.attended
-        inputs = layers * tokens + (layers - 1) * tokens + asked                        # of both halves
-        return kept + compute * hidden * inputs + (layers - 1) * remembered + largest_part(config, work)
+        remembered = 0 if work.on_gpu or compute == 4 else block.attended * (layers - (asked < tokens))
+        inputs = 0 if work.activation_offloading else checkpoints(config, work)
+        return kept + inputs + remembered + largest_part(config, work)
     # Below the first adapters nothing is trained, so the first norm needs no gradient.
     first_norm = 0 if work.kind == "full" else tokens * (compute * hidden + 4)
     return kept + (layers - 1) * (block.attention + block.mlp) + last.attention + last.mlp + some - first_norm
 
 
+def checkpoints(config: LlamaConfig, work: Workload) -> int:
+    """Bytes of what goes into both halves of every block."""
+    rows = (2 * config.num_hidden_layers - 1) * work.batch * work.seq + work.computed
+    return rows * work.compute.itemsize * config.hidden_size
+
+
 def largest_part(config: LlamaConfig, work: Workload) -> int:
-    """Bytes of what a backward goes through at once: a block, or, with checkpointing, half of one."""
+    """Bytes of what a backward goes through at once: a block, or, with checkpointing, half of one, of an MLP so many rows."""
     tokens = work.batch * work.seq
-    blocks = [block_activations(config, work, tokens, asked)
-              for asked in ([tokens] if config.num_hidden_layers > 1 else []) + [work.computed]]
-    return max(max(block[:2]) if work.gradient_checkpointing else sum(block[:2]) for block in blocks)
+    parts = []
+    for asked in ([tokens] if config.num_hidden_layers > 1 else []) + [work.computed]:
+        block = block_activations(config, work, tokens, asked)
+        if not work.gradient_checkpointing:
+            parts.append(block.attention + block.mlp)
+        else:
+            parts += [block.attention, block_activations(config, work, tokens, min(asked, MLP_ROWS)).mlp]
+    return max(parts)
 
 
 def logits_bytes(config: LlamaConfig, work: Workload) -> int:
@@ -280,4 +300,7 @@ def scratch_bytes(config: LlamaConfig, work: Workload) -> int:
     largest = max(rows * columns for rows, columns in config.linear_shapes().values())
     unpacked = largest * work.compute.itemsize if work.kind == "qlora" else 0
     table = 4 * config.vocab_size * config.hidden_size if work.kind == "full" else 0
-    return unpacked + table + work.batch * work.seq * work.compute.itemsize * 4 * config.intermediate_size
+    tokens, heads = work.batch * work.seq, 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    through_attention = tokens * (heads + config.hidden_size)
+    through_mlp = (min(tokens, MLP_ROWS) if work.gradient_checkpointing else tokens) * 4 * config.intermediate_size
+    return unpacked + table + work.compute.itemsize * max(through_attention, through_mlp)

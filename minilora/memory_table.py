@@ -66,7 +66,8 @@ def describe(model: str, config: LlamaConfig, work: Workload) -> str:
     pages = "" if work.resident_bytes is None else f" over pages, {work.resident_bytes / 2 ** 20:g} MiB of them in memory"
     return (f"{model}: {num_parameters(config):,} parameters in {config.num_hidden_layers} blocks of {config.hidden_size}; "
             f"{work.accumulate} x {work.batch} x {work.seq} tokens a step, {work.label_tokens} of a note with loss; "
-            f"r = {work.r}; {state}{pages}" + ("; checkpointing" if work.gradient_checkpointing else ""))
+            f"r = {work.r}; {state}{pages}" + ("; checkpointing" if work.gradient_checkpointing else "")
+            + (" with offloading" if work.activation_offloading else ""))
 
 
 def table(columns: Sequence[Column]) -> str:
@@ -80,6 +81,8 @@ def table(columns: Sequence[Column]) -> str:
                                  for column in columns]))
     if any(column.parts.paged for column in columns):
         lines.append(_row("  paged out", [_both(column, "paged") for column in columns]))
+    if any(column.parts.offloaded for column in columns):
+        lines.append(_row("  offloaded", [_both(column, "offloaded") for column in columns]))
     lines.append(f"  {'to have':<16}" + "".join(f"{to_have(column):>14}" + ("" if column.measured is None else " " * 14)
                                                 for column in columns))
     largest = max(max(column.peaks) for column in columns)

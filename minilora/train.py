@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from minilora.adapters import base_digest, save_adapter, save_extra
 from minilora.card import write_model_card
-from minilora.config import TrainConfig
+from minilora.config import TrainConfig, check_offloading
 from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, clean_note, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
@@ -167,6 +167,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
         folder = resolve_model(config.model, progress=not config.quiet)
     tokenizer = read_tokenizer(folder)
     device = team.device or pick_device(config.device)
+    check_offloading(config.activation_offloading, config.gradient_checkpointing, device.type)
     dtype = torch.float32 if full else pick_dtype(config.dtype, device)
     # The tables come before the weights: a wrong column should not cost the minutes in which a large model is quantized.
     llama = LlamaConfig.from_json(folder / "config.json")
@@ -193,7 +194,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
         add_lora(model, config.lora(), generator=torch.Generator().manual_seed(config.seed))
     if start and not started:
         start_adapters(model, folder, start, config.quiet)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, model.activation_offloading = config.gradient_checkpointing, config.activation_offloading
     model.train()
     trained, parameters = trainable_parameters(model)
     digest = None if full else base_digest(model)

@@ -40,6 +40,8 @@ GPU_STEPS, GPU_BATCH = 200, 8       # of the longer run, on a GPU alone
 ON_THE_WAY = 600_000_000            # over the model: Python, torch, and what is between the file and the model
 TRAINING = 1_100_000_000            # over what the plan says, the same and what malloc keeps
 RELOAD_SECONDS = 30
+LOADING_SHARE = 0.85                # of the speed of the disk, or of quantizing what lies in memory, whichever is slower
+LOADING_BEGINS = 0.2                # seconds beside, for modules and files, whatever their size
 VOCABULARY = 32_017                 # Meditron's, of which 17 were added to Llama 2's
 # Linux counts to a process's peak what its parent held when it was started: so the parent is a small one.
 START = """
@@ -49,6 +51,23 @@ _, status, used = os.wait4(process, 0)
 print(os.waitstatus_to_exitcode(status), used.ru_maxrss)
 """
 RELOAD = "import sys, minilora; minilora.load_model(sys.argv[1])"
+LOAD = """
+import sys, time, minilora
+started = time.perf_counter()
+minilora.load_model(sys.argv[1])
+print(time.perf_counter() - started)
+"""
+# Reads the files, then quantizes as many bytes out of memory.
+LIMITS = """
+import sys
+from pathlib import Path
+from minilora.bench.models import quantizing_seconds, reading_seconds
+from minilora.llama.config import LlamaConfig
+folder = Path(sys.argv[1])
+files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+print(reading_seconds(files), quantizing_seconds(LlamaConfig.from_json(folder / "config.json"),
+                                                 sum(file.stat().st_size for file in files)))
+"""
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,18 @@ def stages(config: LlamaConfig, kinds: Sequence[str], work: Path, device: str) -
     train_bound = plan.total + TRAINING
     on = ["--device", device]
 
+    def loaded(kind: str, source: Path, total: int) -> Stage:
+        """`load_model` alone, beside what bounds its speed."""
+        run(["-c", LIMITS, str(source)], log)
+        reading, quantizing = map(float, log.read_text().split()[-2:])
+        _, peak = run(["-c", LOAD, str(source)], log)
+        seconds = float(log.read_text().split()[-1])
+        slower = max(reading, quantizing)
+        return Stage(f"load {kind}", seconds, peak, {"peak GB": (peak / 1e9, load_bound / 1e9),
+                                                     "seconds": (seconds, slower / LOADING_SHARE + LOADING_BEGINS)},
+                     f"{total / seconds / 1e9:.2f} GB/s; reading alone {total / reading / 1e9:.2f}, quantizing alone "
+                     f"{total / quantizing / 1e9:.2f}; {slower / seconds:.2f} of the slower")
+
     def trained(name: str, model: Path, out: Path, steps: int, batch: int) -> Stage:
         """A run of `train`.  On a GPU the bound is one of its memory; that of the process is then CUDA's libraries."""
         command = ["-m", "minilora", "train", "--model", str(model), "--data", str(train_csv), "--out", str(out), "--max-steps",
@@ -168,6 +199,8 @@ def stages(config: LlamaConfig, kinds: Sequence[str], work: Path, device: str) -
         yield Stage(f"quantize from {kind}", seconds, peak, {"peak GB": (peak / 1e9, load_bound / 1e9),
                                                              "4-bit GB": (size / 1e9, (model + 80_000_000) / 1e9)},
                     f"{total / seconds / 1e9:.2f} GB/s read, quantized and written")
+        if not on_gpu:
+            yield loaded(kind, source, total)
         if kind != kinds[-1]:
             shutil.rmtree(source)
     if len(digests) > 1:

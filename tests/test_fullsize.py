@@ -32,8 +32,9 @@ def test_every_stage_runs_within_its_bounds_and_leaves_nothing(shape: Path, tmp_
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     stages = {stage["name"]: stage for stage in json.loads((tmp_path / "t.json").read_text())}
-    assert list(stages) == ["write bin", "quantize from bin", "write safetensors", "quantize from safetensors",
-                            "load and train", "evaluate", "predict", "reload 4 bits"]
+    assert list(stages) == ["write bin", "quantize from bin", "load bin", "write safetensors", "quantize from safetensors",
+                            "load safetensors", "load and train", "evaluate", "predict", "reload 4 bits"]
+    assert "quantizing alone" in stages["load bin"]["note"] and set(stages["load bin"]["bounds"]) == {"peak GB", "seconds"}
     assert all(100e6 < stage["peak_bytes"] < 700e6 for name, stage in stages.items() if not name.startswith("write"))
     assert stages["load and train"]["note"].startswith("4 steps of 1 x 256") and set(stages["reload 4 bits"]["bounds"]) == {
         "seconds", "peak GB"}

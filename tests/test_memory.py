@@ -33,7 +33,8 @@ def test_activations_are_what_autograd_keeps(kind: Any, options: dict[str, Any],
     only = {"compute": torch.float32} if kind == "full" else {}
     work = Workload(kind, **{"batch": 3, "seq": 64, "label_tokens": 5, **options, **only})
     config = LlamaConfig.from_dict({**SMALL, **shape})
-    kept, logits = kept_by_forward(make_model(config, work), random_batch(config, work))
+    kept, logits, offloaded = kept_by_forward(make_model(config, work), random_batch(config, work))
+    assert offloaded == 0
     assert activations(config, work) == pytest.approx(kept, rel=0.025)
     assert logits_bytes(config, work) == pytest.approx(logits, rel=0.025)       # beside them lie the labels' numbers
 
@@ -43,8 +44,25 @@ def test_activations_are_what_autograd_keeps(kind: Any, options: dict[str, Any],
 def test_activations_of_layers_large_enough_to_add_in_place(kind: Any, options: dict[str, Any]) -> None:
     work = Workload(kind, batch=2, seq=48, label_tokens=5, **options)
     config = LlamaConfig.from_dict({**SMALL, "hidden_size": 768, "intermediate_size": 1024})
-    kept, _ = kept_by_forward(make_model(config, work), random_batch(config, work))
+    kept, *_ = kept_by_forward(make_model(config, work), random_batch(config, work))
     assert activations(config, work) == pytest.approx(kept, rel=0.025)
+
+
+@pytest.mark.parametrize("kind", ["qlora", "full"])
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("rows", [16, 96, 4096])
+def test_activations_of_notes_longer_than_an_mlp_takes_at_once(kind: Any, offloading: bool, rows: int,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("minilora.memory.MLP_ROWS", "minilora.llama.model.MLP_ROWS", "minilora.measured.MLP_ROWS"):
+        monkeypatch.setattr(place, rows)
+    work = Workload(kind, batch=2, seq=48, label_tokens=48, gradient_checkpointing=True, activation_offloading=offloading,
+                    compute=torch.float32 if kind == "full" else torch.bfloat16)
+    config = LlamaConfig.from_dict(SMALL)
+    kept, *_ = kept_by_forward(make_model(config, work), random_batch(config, work))
+    parts = predict(config, work)
+    assert parts.activations + parts.offloaded == pytest.approx(kept, rel=0.025)
+    assert (parts.offloaded > 0) is offloading and parts.offloaded in (0, 2 * 3 * 96 * 128 * work.compute.itemsize)
+    assert parts.total == predict(config, replace(work, activation_offloading=False)).total - parts.offloaded
 
 
 @pytest.mark.parametrize("kind", ["qlora", "lora", "full"])

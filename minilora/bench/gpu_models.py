@@ -65,7 +65,7 @@ class _Trained:
         self.config = shape_of("8b")
         self.model: LlamaForCausalLM = random_model(self.config, device="cuda")
         add_lora(self.model, LoRAConfig(R), torch.Generator().manual_seed(0))
-        self.model.gradient_checkpointing = True
+        self.model.gradient_checkpointing = self.model.activation_offloading = True
         self.model.train()
         self.optimizer = AdamW([parameter for parameter in self.model.parameters() if parameter.requires_grad])
 

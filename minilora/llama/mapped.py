@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
+from functools import cache
 
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def let_go(tensor: Tensor) -> None:
 
 def _advise(start: int, length: int, advice: int) -> None:
     """A hint, which a system may not know."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
+    madvise = _madvise()
     if madvise is not None and length > 0:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None

@@ -23,9 +23,11 @@ from minilora.llama.config import LlamaConfig
 from minilora.llama.frugal import attention, rms_norm, rotate, swiglu
 from minilora.llama.head import logits
 from minilora.llama.masks import attention_masks
-from minilora.llama.recompute import recompute
+from minilora.llama.recompute import recompute, recompute_rows
 from minilora.llama.rotary import inverse_frequencies, rotation
 from minilora.llama.trees import Trees
+
+MLP_ROWS = 4096         # of an MLP that is recomputed at a time: enough for products at full speed, and the weight's unpacking
 
 
 class RMSNorm(nn.Module):
@@ -117,8 +119,11 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Trees | None, cache: KVCache | None,
-                at: Tensor | None = None, checkpointing: bool = False) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden), or (B, L, hidden) at the positions `at`; `checkpointing` recomputes each half."""
+                at: Tensor | None = None, checkpointing: bool = False, offloading: bool = False) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden), or (B, L, hidden) at the positions `at`.
+
+        `checkpointing` recomputes each half, the MLP some rows at a time; `offloading` keeps what goes into them on the host.
+        """
         def attention_half(x: Tensor) -> Tensor:
             return (x if at is None else take(x, at)) + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, at)
 
@@ -126,7 +131,7 @@ class LlamaDecoderLayer(nn.Module):
             return x + self.mlp(self.post_attention_layernorm(x))
 
         if checkpointing:
-            return recompute(mlp_half, recompute(attention_half, x))
+            return recompute_rows(mlp_half, recompute(attention_half, x, offloading), MLP_ROWS, offloading)
         return mlp_half(attention_half(x))
 
 
@@ -143,7 +148,8 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """A Llama with its head.
 
-    Attributes: `config`; `gradient_checkpointing`: recompute each block in backward instead of keeping its activations.
+    Attributes: `config`; `gradient_checkpointing`: recompute each block in backward instead of keeping its activations;
+        `activation_offloading`: keep what that needs in host memory.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -151,7 +157,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.activation_offloading = False
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -217,7 +223,7 @@ class LlamaForCausalLM(nn.Module):
         checkpointing = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for index, (layer, mask) in enumerate(zip(self.model.layers, masks, strict=True)):
             wanted = at if index == len(masks) - 1 else None
-            x = layer(x, cos, sin, mask, cache, wanted, checkpointing)
+            x = layer(x, cos, sin, mask, cache, wanted, checkpointing, self.activation_offloading)
         if cache is not None:
             cache.advance(length)
         return self.model.norm(x)

@@ -9,6 +9,10 @@ Of L blocks, the activations of one are alive at a time, beside L inputs, for a 
 the last tensor to be kept is there: what follows it, such as a block's last base product, is not computed again.  And what is
 dear to make but small is `remembered`: of attention its result (arXiv 2205.05198, section 5, "selective" recomputation).
 
+Two ways to keep less still, for long notes.  What lies on a GPU between forward and backward can lie in host memory instead
+(`on_host`).  And a block that treats each row by itself, as an MLP does, needs the activations of some rows at a time alone
+(`recompute_rows`; arXiv 2305.19370 cuts the feed-forward network like that).
+
 ``torch.utils.checkpoint(use_reentrant=False)`` does the same, and gives the same gradients (tests/llama/test_recompute.py).  It
 asks torch's compiler about its state, and so imports it: more than a second, and 130 MB that stay (torch 2.13).
 
@@ -50,12 +54,20 @@ def _hold(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: held.grad_fn.saved_tensors     # through the tensor: where it dies, older versions of torch free what is kept
 
 
+def _on_host(x: Tensor) -> Tensor:
+    """A copy in host memory: from a GPU in pages that it reads and writes by itself, while the processor goes on.
+
+    Trap: such a copy is there only when the GPU's stream has come to it; so what brings it back must be of the same stream.
+    """
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
+
+
 class _Recomputed:
     """One call of a block: what is needed to make it again, and, while its backward runs, what it made."""
 
-    def __init__(self, block: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    def __init__(self, block: Callable[[Tensor], Tensor], x: Tensor, on_host: bool) -> None:
         self.block, self.needs_grad = block, x.requires_grad
-        self.input = _hold(x)
+        self.input = _hold(_on_host(x) if on_host else x)
         self.fresh: list[tuple[Tensor, ...]] = []
         self.remembered: list[Callable[[], tuple[Tensor, ...]]] = []
         self.recalled: Iterator[Callable[[], tuple[Tensor, ...]]] | None = None     # while the block is computed again
@@ -76,7 +88,7 @@ class _Recomputed:
         return self.made.pop(number)
 
     def make_again(self) -> None:
-        x, = self.input()
+        x = self.input()[0].to(self.device, non_blocking=True)
         self.made.clear()
         count = 0
 
@@ -116,18 +128,31 @@ def _never(_: None) -> Tensor:
     raise AssertionError("a block that is recomputed takes no gradients inside")
 
 
-def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recompute(block: Callable[[Tensor], Tensor], x: Tensor, on_host: bool = False) -> Tensor:
     """``block(x)``, whose inner activations are not kept for backward but computed again.
 
-    Args: block: from one tensor to one; what else it needs it holds. x: any shape.
+    Args: block: from one tensor to one; what else it needs it holds. x: any shape. on_host: keep x in host memory.
     Guarantee: the gradients of ``torch.utils.checkpoint``, to the bit, dropout included (tests/llama/test_recompute.py).
     """
-    call = _Recomputed(block, x)
+    call = _Recomputed(block, x, on_host)
     with _calling(call), saved_tensors_hooks(call.number, call.tensor):
         y = block(x)
     call.remembered = [_hold(*made) for made in call.fresh]     # outside: beside what the block keeps, not one of its numbers
     call.fresh.clear()
     return y
+
+
+def recompute_rows(block: Callable[[Tensor], Tensor], x: Tensor, rows: int, on_host: bool = False) -> Tensor:
+    """`recompute` of at most so many rows at a time, where a row's result hangs on no other row.
+
+    Args: block: (n, width) -> (n, width), and of x's shape. x: (..., width). rows: of x seen as (rows, width).
+    Guarantee: the values of `recompute`; gradients of what the block holds are summed part by part, which rounds them another
+        way (tests/llama/test_recompute.py).
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) <= rows:
+        return recompute(block, x, on_host)
+    return torch.cat([recompute(block, part, on_host) for part in flat.split(rows)]).view(x.shape)
 
 
 def remembered(make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora import LoRAConfig, add_lora, load_model
 from minilora.layers.qlora import lora_layers
 from minilora.llama.model import LlamaForCausalLM
-from minilora.llama.recompute import recompute, remembered
+from minilora.llama.recompute import recompute, recompute_rows, remembered
 from minilora.llama.rotary import inverse_frequencies, rotation
 from tests.models import write_model
 
@@ -60,6 +60,43 @@ def test_gradients_are_equal_to_the_bit_dropout_included(base: Path, other: Thro
     assert found.keys() == expected.keys() and len(found) == 2 * 7 * 2
     assert [name for name, grad in found.items() if not torch.equal(grad, expected[name])] == []
     assert torch.equal(next_found, next_expected), "the generator must not notice"
+
+
+def test_gradients_are_equal_to_the_bit_from_host_memory(base: Path) -> None:
+    found, _ = gradients(base, lambda block, x: recompute(block, x, on_host=True))
+    expected, _ = gradients(base, recompute)
+    assert found.keys() == expected.keys()
+    assert [name for name, grad in found.items() if not torch.equal(grad, expected[name])] == []
+
+
+def test_on_the_host_a_copy_is_kept_and_not_what_it_was_made_of() -> None:
+    x = torch.ones(3, requires_grad=True) * 2
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = recompute(lambda x: x.exp(), x, on_host=True)
+    assert len(kept) == 1 and torch.equal(kept[0], x.detach()) and kept[0].data_ptr() != x.data_ptr()
+    assert kept[0].device.type == "cpu" and y.requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 9, 10, 11])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_rows_may_be_recomputed_some_at_a_time(rows: int, on_host: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    seen: list[int] = []
+
+    def block(x: Tensor) -> Tensor:
+        seen.append(x[..., 0].numel())
+        return x + (x @ weight).exp()
+
+    y = recompute_rows(block, x, rows, on_host)
+    assert sum(seen) == 10 and max(seen) <= rows
+    found = torch.autograd.grad(y.square().sum(), (x, weight))
+    plain = block(x)
+    assert torch.equal(y, plain)
+    for one, other in zip(found, torch.autograd.grad(plain.square().sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)      # sums in another order
 
 
 def test_no_inner_activation_outlives_the_forward() -> None:
