@@ -138,6 +138,11 @@ with picture("13_checkpointing", width=6, height=3.2) as axes:
 # gradients against torch's to the bit. `minilora memory --gradient-checkpointing` says what it will save before you load a
 # model.
 #
+# For long notes it goes two steps further. An MLP treats each token by itself, so its inside need not be there for all
+# tokens at once: it is computed again some rows at a time (`recompute_rows`). And the inputs that are kept need not lie on
+# the GPU: the backward asks for them one after another, and the host has room (`--activation-offloading`). What is left on
+# the GPU is the inside of one attention, whatever the number of blocks.
+#
 # ## The trap
 #
 # torch has had checkpointing for years, and its older form ("reentrant") has a trap made for LoRA. It looks whether the

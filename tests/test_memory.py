@@ -193,6 +193,13 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(capsys: pytest.CaptureFixture
         assert main(["memory", "--model", "7b", "--device", device, "--gradient-checkpointing"]) == 0
         rows[device] = next(line for line in capsys.readouterr().out.splitlines() if "activations" in line)
     assert rows["cpu"] != rows["cuda"]              # on a CPU attention is computed in float32
+    offloading = ["memory", "--model", "7b", "--gradient-checkpointing", "--activation-offloading", "--device"]
+    assert main([*offloading, "cuda"]) == 0
+    shown = capsys.readouterr().out
+    offloaded = next(line for line in shown.splitlines() if "offloaded" in line)
+    # Both halves of 32 blocks, over 512 tokens of 4096 numbers; the last MLP is asked at 16 of them.
+    assert size((63 * 512 + 16) * 4096 * 2) in offloaded and "checkpointing with offloading" in shown
+    assert main([*offloading, "cpu"]) == 2
     if not torch.cuda.is_available():
         assert main(["memory", "--model", "7b", "--device", "cuda", "--measure", "qlora"]) == 2
 

@@ -12,9 +12,14 @@ import torch
 
 import minilora
 from minilora.data.radiology import generate
+from minilora.llama.config import LlamaConfig
+from minilora.measured import make_model, random_batch
+from minilora.memory import Workload, predict
 from minilora.optim.adamw import AdamW
 from minilora.optim.paged_adamw import PagedAdamW
 from minilora.repeatable import repeatable
+from minilora.shapes import SHAPES
+from minilora.stepping import compute_gradients
 from minilora.trie import predict_labels
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: these train on one")
@@ -93,6 +98,35 @@ def test_the_same_training_on_a_gpu_writes_the_same_adapter(table: Path, tmp_pat
         minilora.train(config)
         minilora.train(replace(config, out=str(tmp_path / "b")))
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@ON_A_GPU
+def test_offloading_on_a_gpu_writes_the_same_adapter(table: Path, tmp_path: Path) -> None:
+    config = minilora.TrainConfig(model="tiny", data=str(table), out=str(tmp_path / "a"), max_steps=12, batch_size=8,
+                                  dropout=0.1, device="cuda", quiet=True, gradient_checkpointing=True)
+    minilora.train(config)
+    minilora.train(replace(config, out=str(tmp_path / "b"), activation_offloading=True))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@ON_A_GPU
+def test_what_is_offloaded_does_not_lie_on_the_gpu() -> None:
+    config = LlamaConfig.from_dict({**SHAPES["110m"], "num_hidden_layers": 24, "max_position_embeddings": 8192})
+    work = Workload("qlora", seq=8192, label_tokens=8192, gradient_checkpointing=True, on_gpu=True)
+    peaks = []
+    for offloading in (False, True):
+        model = make_model(config, replace(work, activation_offloading=offloading), "cuda")
+        batch = random_batch(config, work).to(model.device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            compute_gradients(model, [batch], torch.optim.SGD(trained, lr=0.1))
+            for parameter in trained:
+                parameter.grad = None
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model, trained
+    offloaded = predict(config, replace(work, activation_offloading=True)).offloaded
+    assert offloaded == 48 * 8192 * 768 * 2 and peaks[0] - peaks[1] > 0.9 * offloaded
 
 
 @ON_A_GPU

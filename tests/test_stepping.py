@@ -137,7 +137,9 @@ def test_without_pages_to_put_out_it_says_what_to_lower(config: TrainConfig, mon
     ({"state_bits": 8}, "with optimizer paged_adamw"),
     ({"state_bits": 16, "optimizer": "paged_adamw"}, "state_bits must be 32"),
     ({"optimizer": "paged_adamw", "resident_mib": 0.001}, "two pages"), ({"optimizer": "sgd"}, "optimizer must be"),
-    ({"optimizer": "paged_adamw", "page_bytes": 100}, "page_bytes")])
+    ({"optimizer": "paged_adamw", "page_bytes": 100}, "page_bytes"),
+    ({"activation_offloading": True}, "add --gradient-checkpointing"),
+    ({"activation_offloading": True, "gradient_checkpointing": True, "device": "cpu"}, "the device is the CPU: leave it out")])
 def test_settings_that_make_no_optimizer_are_refused(config: TrainConfig, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(config, **settings))
