@@ -57,6 +57,10 @@ class QuantizationError(MiniloraError, ValueError):
     """A tensor cannot be quantized: not finite, not floating point, or an impossible block size."""
 
 
+TO_TAKE_LESS = ("lower --batch-size and raise --accumulate, lower --max-length, or add --gradient-checkpointing and, on a GPU, "
+                "--activation-offloading")          # memory, in training
+
+
 def memory_reason(error: BaseException) -> str | None:
     """What was said when no memory was left, in one line; None for any other error.
 

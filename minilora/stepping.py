@@ -19,7 +19,7 @@ import torch
 
 from minilora.config import TrainConfig
 from minilora.data.batches import Batch
-from minilora.errors import MiniloraError, memory_reason
+from minilora.errors import TO_TAKE_LESS, MiniloraError, memory_reason
 from minilora.llama.model import LlamaForCausalLM
 from minilora.loss import label_loss
 from minilora.optim.adamw import AdamW
@@ -120,8 +120,7 @@ def compute_gradients(model: LlamaForCausalLM, batches: list[Batch], optimizer: 
             reason = memory_reason(error)
             if reason is None:
                 raise
-    raise MiniloraError(f"out of memory, with no optimizer pages left to put out ({reason:.100}): lower --batch-size and raise "
-                        "--accumulate, lower --max-length, or add --gradient-checkpointing") from None
+    raise MiniloraError(f"out of memory, with no optimizer pages left to put out ({reason:.100}): {TO_TAKE_LESS}") from None
 
 
 def _forward_backward(model: LlamaForCausalLM, batches: list[Batch], label_tokens: int | None) -> Gradients:

@@ -33,7 +33,7 @@ from minilora.config import TrainConfig, check_offloading
 from minilora.data.batches import Batch, collate, epoch_batches, steps_per_epoch
 from minilora.data.prompts import Example, check_ids, clean_note, encode_example, load_template, longest_label
 from minilora.data.tables import label_set, training_examples, write_labels
-from minilora.errors import CheckpointError, ConfigError, DataError, MiniloraError, StoppedError, memory_reason
+from minilora.errors import TO_TAKE_LESS, CheckpointError, ConfigError, DataError, MiniloraError, StoppedError, memory_reason
 from minilora.files import file_sha256
 from minilora.hub import resolve_model, split_revision
 from minilora.layers.qlora import add_lora, trainable_parameters
@@ -323,5 +323,4 @@ def _saying_what_is_left(out: Path) -> Iterator[None]:
         reason = memory_reason(error)
         if reason is None:
             raise
-        raise MiniloraError(f"out of memory ({reason}): lower --batch-size and raise --accumulate, lower --max-length, or add "
-                            f"--gradient-checkpointing; {last_checkpoint(out)}") from error
+        raise MiniloraError(f"out of memory ({reason}): {TO_TAKE_LESS}; {last_checkpoint(out)}") from error
