@@ -163,9 +163,10 @@ class TrainConfig:
                                   "another run")
 
 
-def check_offloading(offloading: bool, checkpointing: bool, device: str) -> None:
-    """Refuse to offload where there is nothing to offload, or nowhere else: `device` is a type, as torch names them.
+def check_offloading(offloading: bool, checkpointing: bool, device: str | None = None) -> None:
+    """Refuse to offload where there is nothing to offload, or nowhere else.
 
+    Args: device: its type, as torch names it; None where it is not known.
     Raises: ConfigError: so.
     """
     if offloading and not checkpointing:

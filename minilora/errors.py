@@ -64,8 +64,10 @@ TO_TAKE_LESS = ("lower --batch-size and raise --accumulate, lower --max-length, 
 def memory_reason(error: BaseException) -> str | None:
     """What was said when no memory was left, in one line; None for any other error.
 
-    Trap: on a CPU torch says it in a plain RuntimeError, on a GPU in an error of its own.
+    Trap: on a CPU torch says it in a plain RuntimeError, on a GPU in an error of its own, and of pinned host memory as CUDA
+    does.
     """
     said = (str(error).splitlines() or [""])[0]
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    known = (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+             or "CUDA error: out of memory" in said)
     return (said or "no memory left")[:100] if known else None

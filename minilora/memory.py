@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from minilora.config import check_offloading
 from minilora.errors import ConfigError
 from minilora.kernels.block import HEAD_DIMS, kernel
 from minilora.layers.lora import ALL_LINEARS
@@ -84,6 +85,7 @@ class Workload:
                             ("new_tokens", 0)):
             if not least <= getattr(self, name) <= 1 << 24:
                 raise ConfigError(f"{name} must be a whole number from {least} to {1 << 24:,}, not {getattr(self, name)}")
+        check_offloading(self.activation_offloading, self.gradient_checkpointing)
         if self.state_bits not in (32, 8):
             raise ConfigError(f"state_bits must be 32 or 8, not {self.state_bits}")
         if self.kind == "full" and self.compute != torch.float32:

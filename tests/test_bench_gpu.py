@@ -10,6 +10,7 @@ import torch
 
 from minilora.bench import events
 from minilora.bench import gpu as bench_gpu
+from minilora.bench.gpu_models import fitting
 from minilora.bench.rows import Settings
 from minilora.kernels import cpu, gpu, reference
 
@@ -22,6 +23,17 @@ def unpacked_product(x: torch.Tensor, packed: torch.Tensor, constants: cpu.Const
     w = torch.empty(out_features, x.shape[1], dtype=x.dtype)
     reference.dequantize_packed(packed, absmax + constants.offset, code, blocksize, w.view(-1))
     return x @ w.T
+
+
+def test_the_longest_note_is_told_from_the_two_lengths_around_it() -> None:
+    def peak(tokens: float) -> float:           # steep up to 4,096, slow behind
+        return 6e9 + 3e5 * min(tokens, 4096) + 1e5 * max(tokens - 4096, 0)
+
+    lengths = (2048, 4096, 8192, 16384)
+    peaks = [peak(tokens) for tokens in lengths]
+    for tokens in (1000, 2048, 3000, 4096, 5000, 8192, 10000, 16384, 90000):
+        assert fitting(peak(tokens), lengths, peaks) == pytest.approx(tokens, abs=1)
+    assert fitting(9e9, (1, 2), (8e9, 8e9)) > 2         # flat: no line to follow, and no error
 
 
 def test_without_a_gpu_there_are_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:

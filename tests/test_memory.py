@@ -162,7 +162,8 @@ def test_the_memory_to_have_is_a_size_that_is_sold() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"seq": 1}, "seq must be a whole number from 2"), ({"batch": -1}, "batch must be"), ({"r": 0}, "r must be"),
-    ({"state_bits": 16}, "32 or 8"), ({"kind": "full"}, "trains float32")], ids=str)
+    ({"state_bits": 16}, "32 or 8"), ({"activation_offloading": True}, "add --gradient-checkpointing"),
+    ({"kind": "full"}, "trains float32")], ids=str)
 def test_a_workload_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Workload(**{"kind": "qlora", **options})

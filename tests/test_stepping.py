@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minilora import ConfigError, MiniloraError, TrainConfig, train
 from minilora.data.batches import Batch
+from minilora.errors import memory_reason
 from minilora.llama.model import LlamaForCausalLM
 from tests.models import write_model
 from tests.notes import notes, write_csv
@@ -122,6 +123,12 @@ def test_under_pressure_pages_make_room_and_nothing_else_changes(
     assert weights(config.out) == expected
     evicted = [line["evicted_bytes"] for line in metrics(config.out)]
     assert evicted[2] == 2 * 4096 and sum(evicted) == evicted[2]
+
+
+def test_host_memory_that_a_gpu_cannot_have_is_memory() -> None:
+    said = "CUDA error: out of memory"
+    assert memory_reason(RuntimeError(f"{said}\nCompile with TORCH_USE_CUDA_DSA")) == said
+    assert memory_reason(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 @pytest.mark.parametrize(("optimizer", "calls"), [("adamw", [3]), ("paged_adamw", [3, 4]), ("paged_adamw", [1])])

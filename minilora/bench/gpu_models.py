@@ -4,7 +4,7 @@ Peaks are those of the GPU's memory, as torch counts what it gave out.  No rows 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,7 @@ from minilora.stepping import compute_gradients
 
 SIDE = 8192                         # of the square matrices whose product is the limit
 CAPS_GB = (8, 16, 24)
-MEASURED = (2048, 6144)             # tokens, from which the memory of others is told
+MEASURED = (2048, 4096, 8192, 16384, 24576)     # tokens, from which the memory of others is told
 STEP_OF_LENGTH = 64
 R = 16
 
@@ -80,23 +80,34 @@ class _Trained:
         return torch.cuda.max_memory_reserved()
 
 
+def fitting(cap: float, lengths: Sequence[int], peaks: Sequence[float]) -> int:
+    """Tokens that would just take `cap` bytes: on the line through the two lengths around it, or the two nearest to it.
+
+    One line is not enough: an MLP is recomputed so many rows at a time, so memory grows steeply up to these, and slowly after.
+
+    Args: lengths: rising. peaks: bytes of each.
+    """
+    upper = next((i for i in range(1, len(peaks)) if peaks[i] >= cap), len(peaks) - 1)
+    a_token = (peaks[upper] - peaks[upper - 1]) / (lengths[upper] - lengths[upper - 1])
+    return int(lengths[upper - 1] + (cap - peaks[upper - 1]) / max(a_token, 1.0))
+
+
 def gpu_context(_: Settings) -> Iterator[Row]:
     """The longest note that trains at batch 1 on Llama 3.1 8B's shape, where torch may take no more than so much memory.
 
-    Memory grows in a line with the tokens: two lengths tell which one would just fit, and a step over that one shows it.
+    What was measured at some lengths tells which one would just fit (`fitting`), and a step over that one shows it.
     """
     if not torch.cuda.is_available():
         return
     trained = _Trained()
     trained.step(MEASURED[0])           # moments are made at the first
-    short, long = (trained.step(tokens) for tokens in MEASURED)
-    a_token = (long - short) / (MEASURED[1] - MEASURED[0])
+    peaks = [trained.step(tokens) for tokens in MEASURED]
     whole = torch.cuda.get_device_properties(0).total_memory
     try:
         for cap in CAPS_GB:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / whole))
-            tokens = int(MEASURED[0] + (cap * 1e9 - short) / a_token)
+            tokens = fitting(cap * 1e9, MEASURED, peaks)
             fitted = 0
             for share in (1.0, 0.98, 0.95, 0.9, 0.8):
                 length = int(share * tokens) // STEP_OF_LENGTH * STEP_OF_LENGTH
