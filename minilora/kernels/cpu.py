@@ -108,8 +108,9 @@ class Kernel:
         Args:
             x: (rows, in) float32 or bfloat16, contiguous. packed: the codes of W (out, in). bias: (out,) float32 or None.
 
-        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type; products are summed in float32, and
-            the result is rounded once.  (Instructions for bfloat16, where there are any, take numbers below 1.2e-38 for zero.)
+        Returns: (rows, out) in x's type.  The weight is that of `dequantize` to x's type, or for one row to float32; products
+            are summed in float32, and the result is rounded once.  (Instructions for bfloat16, where there are any and x has
+            more rows than one, take numbers below 1.2e-38 for zero.)
         Guarantee: off the exact sum of those products by at most (in + 2) · 2⁻²⁴ · Σ|x w|, before the one rounding
             (tests/kernels/test_product.py).  A row's result depends neither on its neighbours' values nor on threads.
         """

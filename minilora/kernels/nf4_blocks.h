@@ -51,6 +51,12 @@ template <class Body> void deal(int threads, int64_t parts, Body body) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// COUNT numbers, and room for a last register of them.
+template <int COUNT> struct Sums {
+    static const int ROOM = (COUNT + LANES - 1) / LANES * LANES;
+    float at[ROOM];
+};
+
 // Uninitialized memory for one call, at the start of a cache line (a vector that straddles two costs two loads).
 template <class T> struct Scratch {
     T* data;
@@ -81,20 +87,65 @@ struct Packed {
 
 namespace {
 
-// The float32 constants of blocks first … first + count.
-void decode_absmax(const Packed& w, int64_t first, int64_t count, float* out) {
-    if (w.absmax) {
-        memcpy(out, w.absmax + first, count * sizeof(float));
-        return;
-    }
+// The float32 constants of blocks first … first + count, from dynamic[code] of each, in place.
+inline void scale_absmax(const Packed& w, int64_t first, int64_t count, float* absmax) {
     for (int64_t i = 0; i < count;) {
         int64_t group = (first + i) / w.nested_blocksize;
         int64_t stop = smaller(count, (group + 1) * w.nested_blocksize - first);
-        const float scale = w.nested_absmax[group], offset = w.offset, *dynamic = w.dynamic;    // the compiler can't know that
-        const uint8_t* codes = w.nested_codes + first;                                          // `out` changes none of them
-        for (; i < stop; ++i) out[i] = dynamic[codes[i]] * scale + offset;
+        const float scale = w.nested_absmax[group], offset = w.offset;
+        for (; i + LANES <= stop; i += LANES) store(absmax + i, load<Floats>(absmax + i) * scale + offset);
+        for (; i < stop; ++i) absmax[i] = absmax[i] * scale + offset;
     }
 }
+
+// dynamic[code], moved as an integer: a product leaves the units for that idle.
+INLINE void look_up(const float* dynamic, const uint8_t* codes, int64_t count, float* absmax) {
+    for (int64_t i = 0; i < count; ++i) memcpy(absmax + i, dynamic + codes[i], sizeof *absmax);
+}
+
+inline void decode_absmax(const Packed& w, int64_t first, int64_t count, float* absmax) {
+    if (w.absmax) {
+        memcpy(absmax, w.absmax + first, count * sizeof(float));
+        return;
+    }
+    look_up(w.dynamic, w.nested_codes + first, count, absmax);
+    scale_absmax(w, first, count, absmax);
+}
+
+// The constants of rows that a thread takes `at_once`.  Those of the next rows are looked up while these are multiplied: a loop
+// over their blocks does `look_up(dynamic, codes + i, …, next + i)` with all i < at_once · blocks, and asks nothing.  Where there
+// are not so many next rows it looks up others, which nobody uses.
+struct RowConstants {
+    const Packed& w;
+    const int64_t blocks, at_once, last;                        // blocks of a row; and the row behind the thread's last
+    Scratch<float> room;
+    const float* dynamic;
+    const uint8_t* codes;
+    float *next, *taken;
+    int64_t ready = -1;                                         // the row whose constants, and the next ones', are looked up
+
+    RowConstants(const Packed& w, int64_t blocks, int64_t at_once, int64_t last)
+        : w(w), blocks(blocks), at_once(at_once), last(last), room(3 * at_once * blocks), dynamic(w.absmax ? room.data : w.dynamic),
+          next(room.data), taken(next + at_once * blocks) {
+        codes = (uint8_t*)(taken + at_once * blocks);           // zeros, for a weight whose constants are no codes
+        memset(room.data, 0, 3 * at_once * blocks * sizeof(float));
+    }
+
+    // Those of the rows from `row` on, in the order in which the thread takes its rows; `looking` where its loop looks up.
+    const float* take(int64_t row, bool looking) {
+        if (w.absmax) return w.absmax + row * blocks;
+        const int64_t first = row * blocks, count = smaller(at_once, last - row) * blocks;
+        if (row != ready) look_up(w.dynamic, w.nested_codes + first, count, next);
+        scale_absmax(w, first, count, next);
+        float* own = next;
+        next = taken;
+        taken = own;
+        const bool follow = looking && row + 2 * at_once <= last;
+        ready = follow ? row + at_once : -1;
+        if (follow) codes = w.nested_codes + first + count;
+        return own;
+    }
+};
 
 // A block's sixteen weights in the output's type, each in 32 bits; 16-bit ones stand in both halves.
 template <int KIND> INLINE Table scaled_table(const Table& code, float absmax) {

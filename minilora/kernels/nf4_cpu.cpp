@@ -2,7 +2,7 @@
 //
 // y = x Wᵀ + bias, and W never lies in memory: weights live in registers, or for some microseconds in L2.
 //
-// The idea of all four files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
+// The idea of all these files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
 // register, and looking sixteen weights up is one permutation of it (nf4_vectors.h; with smaller registers it is two or four).
 // Scaling the table once a block makes the lookups yield finished weights (nf4_blocks.h).
 //
@@ -15,12 +15,14 @@
 // Lesson 17 explains it.
 
 #include "dense_rows.h"
+#include "nf4_one_row.h"
 #include "nf4_quantize.h"
 
 namespace {
 
 struct Singles {
     typedef float type;
+    static const int WEIGHT = FLOAT32;                          // what weights are rounded to
     static const int COUNT = LANES;
     static const bool KEPT_PAYS = false;                        // to read weights again takes longer than to look them up again
     static INLINE Table table(const Table& code, float absmax) { return scaled_table<FLOAT32>(code, absmax); }
@@ -35,7 +37,7 @@ struct Singles {
 // Trap: these instructions take subnormal numbers (below 1.2e-38) for zero, in the table as in the product.
 struct ShortSingles {
     typedef uint16_t type;
-    static const int COUNT = 32;
+    static const int WEIGHT = BFLOAT16, COUNT = 32;
     static const bool KEPT_PAYS = true;                         // for sixteen rows a fifth of the time
     static INLINE Table table(const Table& code, float absmax) {
         __m512 table = (__m512)((Floats)code.part[0] * absmax);
@@ -53,6 +55,7 @@ struct ShortSingles {
 #else
 // bfloat16 without such instructions: the weights are rounded to it, and held and multiplied in float32.
 struct ShortSingles : Singles {
+    static const int WEIGHT = BFLOAT16;
     static INLINE Table table(const Table& code, float absmax) {
         Table table = scaled_table<FLOAT32>(code, absmax);
         UNROLL for (int i = 0; i < PARTS; ++i) table.part[i] = to_bfloat16((Floats)table.part[i]) << 16;
@@ -63,8 +66,6 @@ struct ShortSingles : Singles {
 
 template <int KIND> struct Input { typedef uint16_t type; };
 template <> struct Input<FLOAT32> { typedef float type; };
-template <int KIND> struct Multiplied { typedef ShortSingles type; };
-template <> struct Multiplied<FLOAT32> { typedef Singles type; };
 
 inline void copy(float* to, const float* from) { *to = *from; }
 inline void copy(uint16_t* to, const uint16_t* from) { *to = *from; }
@@ -83,6 +84,11 @@ struct Product {
     int threads;
 };
 
+#if defined(__AVX512BW__)
+const Words EVERY_SECOND = {0x20000, 0x60004, 0xa0008, 0xe000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c,     // halves: 0, 2, 4, …
+                            0x220020, 0x260024, 0x2a0028, 0x2e002c, 0x320030, 0x360034, 0x3a0038, 0x3e003c};
+#endif
+
 // x's rows first … first + rows, as the loops below read them: a register of each row, then the next register of each.
 // With `split` registers 2s and 2s + 1 hold the even and the odd elements of what they would hold otherwise.
 template <int KIND, class E> void arrange(const Product& p, int64_t first, int rows, bool split, typename E::type* to) {
@@ -95,12 +101,10 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
             const From* from = (const From*)p.x + (first + r) * p.in + start;
             typename E::type* piece = to + (s * rows + r) * COUNT;
             const int64_t count = smaller(COUNT, ceil_div(p.in - start, by));
-#if defined(__AVX512F__)
-            if (split && sizeof(From) == 2 && sizeof *piece == 2 && count == 32) {      // of pairs the low or the high halves
-                for (int half = 0; half < 2; ++half) {
-                    const __m512i pairs = _mm512_loadu_si512(from - s % 2 + 32 * half);
-                    _mm256_storeu_si256((__m256i*)piece + half, _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, s % 2 * 16)));
-                }
+#if defined(__AVX512BW__)
+            if (split && sizeof(From) == 2 && sizeof *piece == 2 && count == 32) {
+                const __m512i low = _mm512_loadu_si512(from - s % 2), high = _mm512_loadu_si512(from - s % 2 + 32);
+                store(piece, _mm512_permutex2var_epi16(low, (__m512i)(EVERY_SECOND + (uint32_t)(s % 2 * 0x10001)), high));
                 continue;
             }
 #endif
@@ -113,14 +117,21 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
         }
 }
 
-// sums (w_rows, rows) of weight rows row … row + w_rows and x's rows first … first + rows, rounded once to y.
-template <int KIND> void store_sums(const Product& p, const float* sums, int64_t row, int w_rows, int64_t first, int rows) {
-    for (int64_t n = row; n < smaller(row + w_rows, p.out); ++n)
-        for (int64_t r = first; r < smaller(first + rows, p.rows); ++r) {
-            float value = sums[(n - row) * rows + (r - first)] + (p.bias ? p.bias[n] : 0.0f);
-            if (KIND == FLOAT32) ((float*)p.y)[r * p.out + n] = value;
-            else ((uint16_t*)p.y)[r * p.out + n] = to_bfloat16(value);
-        }
+// sums (W_ROWS, ROWS) of weight rows row … and x's rows first …, as far as there are such, rounded once to y.
+template <int KIND, int W_ROWS, int ROWS> void store_sums(const Product& p, const Sums<W_ROWS * ROWS>& sums, int64_t row,
+                                                          int64_t first) {
+    const int64_t w_rows = smaller(W_ROWS, p.out - row), rows = smaller(ROWS, p.rows - first);
+    Sums<W_ROWS * ROWS> rounded = sums;
+    if (p.bias)
+        for (int64_t n = 0; n < w_rows; ++n)
+            for (int64_t r = 0; r < ROWS; ++r) rounded.at[n * ROWS + r] += p.bias[row + n];
+    if (KIND == BFLOAT16)
+        for (int i = 0; i < rounded.ROOM; i += LANES)
+            store(rounded.at + i, to_bfloat16(load<Floats>(rounded.at + i)));
+    typedef typename Stored<KIND>::type To;
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t n = 0; n < w_rows; ++n)
+            memcpy((To*)p.y + (first + r) * p.out + row + n, rounded.at + n * ROWS + r, sizeof(To));
 }
 
 // Bytes of packed weights that are asked for before they are needed, beyond the next rows: into L2, since L1 is x's.  Measured
@@ -133,12 +144,15 @@ const int64_t AHEAD = 4096;
 enum Weights { USED_ONCE, KEPT, USED_AGAIN };
 
 template <class E, int W_ROWS, int ROWS, Weights WEIGHTS>
-void multiply_few(const Product& p, int64_t row, const typename E::type* x, float* absmax, char* kept, float* sums) {
+void multiply_few(const Product& p, int64_t row, const typename E::type* x, const float* absmax, const RowConstants& next,
+                  char* kept, float* sums) {
     const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2;
     int64_t w_rows = smaller(W_ROWS, p.out - row);
     const Table code = load_table(p.w.code);
+    const float* dynamic = next.dynamic;
+    const uint8_t* codes = next.codes;
+    float* looked_up = next.next;
     Floats sum[W_ROWS * ROWS] = {};
-    if (WEIGHTS != USED_AGAIN) decode_absmax(p.w, row * blocks, w_rows * blocks, absmax);
     const uint8_t* packed[W_ROWS];
     const float* constants[W_ROWS];
     UNROLL for (int n = 0; n < W_ROWS; ++n) {       // past the matrix's last row the last one is computed again, and dropped
@@ -151,6 +165,7 @@ void multiply_few(const Product& p, int64_t row, const typename E::type* x, floa
         Table table[W_ROWS];
         if (WEIGHTS != USED_AGAIN) {
             for (const uint8_t* stop = ahead + W_ROWS * bytes; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+            UNROLL for (int n = 0; n < W_ROWS; ++n) look_up(dynamic, codes + b * W_ROWS + n, 1, looked_up + b * W_ROWS + n);
             UNROLL for (int n = 0; n < W_ROWS; ++n) table[n] = E::table(code, constants[n][b]);
         }
         for (int64_t at = b * bytes; at < (b + 1) * bytes; at += E::COUNT) {
@@ -193,22 +208,26 @@ void multiply_few(const Product& p, int64_t row, const typename E::type* x, floa
     totals<W_ROWS * ROWS>(sum, sums);
 }
 
-template <int KIND, int W_ROWS, int ROWS> void few(const Product& p) {
-    typedef typename Multiplied<KIND>::type E;
+template <int KIND, class E, int W_ROWS, int ROWS, bool KEEPS = false> void few(const Product& p) {
     const int64_t panels = ceil_div(p.rows, ROWS), panel = ROWS * p.in;
     Scratch<typename E::type> x(panels * panel);
     for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * ROWS, ROWS, true, x.data + i * panel);
     parallel(p.threads, ceil_div(p.out, W_ROWS), [&](int64_t from, int64_t to) {
-        Scratch<float> absmax(W_ROWS * (p.in / p.w.blocksize));
-        Scratch<typename E::type> kept(panels > 1 && E::KEPT_PAYS ? W_ROWS * p.in : 0);
-        float sums[W_ROWS * ROWS];
-        for (int64_t row = from * W_ROWS; row < smaller(to * W_ROWS, p.out); row += W_ROWS)
+        const int64_t last = smaller(to * W_ROWS, p.out);
+        RowConstants constants(p.w, p.in / p.w.blocksize, W_ROWS, last);
+        Scratch<typename E::type> kept(KEEPS && panels > 1 ? W_ROWS * p.in : 0);
+        Sums<W_ROWS * ROWS> sums;
+        for (int64_t row = from * W_ROWS; row < last; row += W_ROWS) {
+            const float* absmax = constants.take(row, true);
             for (int64_t i = 0; i < panels; ++i) {
-                auto multiply = panels == 1 || !E::KEPT_PAYS ? multiply_few<E, W_ROWS, ROWS, USED_ONCE>
-                    : i == 0 ? multiply_few<E, W_ROWS, ROWS, KEPT> : multiply_few<E, W_ROWS, ROWS, USED_AGAIN>;
-                multiply(p, row, x.data + i * panel, absmax.data, (char*)kept.data, sums);
-                store_sums<KIND>(p, sums, row, W_ROWS, i * ROWS, ROWS);
+                auto multiply = multiply_few<E, W_ROWS, ROWS, USED_ONCE>;
+                if constexpr (KEEPS)
+                    if (panels > 1)
+                        multiply = i ? multiply_few<E, W_ROWS, ROWS, USED_AGAIN> : multiply_few<E, W_ROWS, ROWS, KEPT>;
+                multiply(p, row, x.data + i * panel, absmax, constants, (char*)kept.data, sums.at);
+                store_sums<KIND, W_ROWS, ROWS>(p, sums, row, i * ROWS);
             }
+        }
     });
 }
 
@@ -245,8 +264,7 @@ template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last
     for (int64_t i = 0; i < last - first; ++i) copy(to + i, half + i);
 }
 
-template <int KIND> void many(const Product& p) {
-    typedef typename Multiplied<KIND>::type E;
+template <int KIND, class E> void many(const Product& p) {
     typedef typename E::type T;
     const int64_t registers = ceil_div(p.in, E::COUNT), panels = ceil_div(p.rows, PANEL), panel = PANEL * registers * E::COUNT;
     // Trap: rows a power of two apart share a few places of the cache; an odd number of cache lines between them doesn't.
@@ -256,13 +274,13 @@ template <int KIND> void many(const Product& p) {
     parallel(p.threads, ceil_div(p.out, TILE), [&](int64_t from, int64_t to) {
         Scratch<char> tile(TILE * stride);
         memset(tile.data, 0, TILE * stride);
-        float sums[TILE * PANEL];
+        Sums<TILE * PANEL> sums;
         for (int64_t row = from * TILE; row < smaller(to * TILE, p.out); row += TILE) {
             for (int64_t n = row; n < smaller(row + TILE, p.out); ++n)
-                unpack_for<KIND>(p.w, n * p.in, (n + 1) * p.in, (T*)(tile.data + (n - row) * stride));
+                unpack_for<E::WEIGHT>(p.w, n * p.in, (n + 1) * p.in, (T*)(tile.data + (n - row) * stride));
             for (int64_t i = 0; i < panels; ++i) {
-                multiply_tile<E, PANEL>(tile.data, stride, x.data + i * panel, registers, sums);
-                store_sums<KIND>(p, sums, row, TILE, i * PANEL, PANEL);
+                multiply_tile<E, PANEL>(tile.data, stride, x.data + i * panel, registers, sums.at);
+                store_sums<KIND, TILE, PANEL>(p, sums, row, i * PANEL);
             }
         }
     });
@@ -276,14 +294,28 @@ const int FOR_ONE = 12, FOR_TWO = 8, FOR_FOUR = 4, FOR_EIGHT = 2;
 const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tables, and a register of even and of odd weights
 #endif                                                              // are 16 or fewer
 
-template <int KIND> void product(const Product& p) {
-    const int64_t STEP = 2 * Multiplied<KIND>::type::COUNT;
-    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % STEP == 0;        // rows are whole blocks, and these registers
-    if (!whole || p.rows > 16) many<KIND>(p);
-    else if (p.rows == 1) few<KIND, FOR_ONE, 1>(p);
-    else if (p.rows == 2) few<KIND, FOR_TWO, 2>(p);
-    else if (p.rows <= 4 || Multiplied<KIND>::type::KEPT_PAYS) few<KIND, FOR_FOUR, 4>(p);
-    else few<KIND, FOR_EIGHT, 8>(p);
+template <int KIND, class E> void product(const Product& p) {
+    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are whole blocks, and these registers
+    if (!whole || p.rows > 16) return many<KIND, E>(p);
+    if constexpr (E::WEIGHT == FLOAT32)                         // see `one_short_row`
+        if (p.rows == 1) return few<KIND, E, FOR_ONE, 1>(p);
+    if (p.rows <= 2) few<KIND, E, FOR_TWO, 2>(p);
+    else if (p.rows <= 4 || E::KEPT_PAYS) few<KIND, E, FOR_FOUR, 4, E::KEPT_PAYS>(p);
+    else few<KIND, E, FOR_EIGHT, 8>(p);
+}
+
+// One row of bfloat16 meets the weights as they are, in float32.
+void one_short_row(const Product& p) {
+#if defined(__AVX512F__)
+    Scratch<float> x(p.in);
+    int64_t i = 0;
+    for (; i + LANES <= p.in; i += LANES) store(x.data + i, load_floats<BFLOAT16>(p.x, i));
+    for (; i < p.in; ++i) copy(x.data + i, (const uint16_t*)p.x + i);
+    if (one_row(p.w, p.out, p.in, x.data, p.threads, [&](int64_t row, const Sums<ONE_ROWS>& sums) {
+            store_sums<BFLOAT16, ONE_ROWS, 1>(p, sums, row, 0);
+        })) return;
+#endif
+    product<BFLOAT16, Singles>(p);
 }
 
 }  // namespace
@@ -316,8 +348,9 @@ void nf4_unpack(const Packed* w, int kind, void* out, int threads) {
 void nf4_product(const Packed* w, int64_t out, int64_t in, const void* x, int64_t rows, int kind, const float* bias, void* y,
                  int threads) {
     Product p = {*w, out, in, x, rows, bias, y, out * in < 4 * ALONE / (rows + 1) ? 1 : threads};
-    if (kind == FLOAT32) product<FLOAT32>(p);
-    else product<BFLOAT16>(p);
+    if (kind == FLOAT32) product<FLOAT32, Singles>(p);
+    else if (rows == 1) one_short_row(p);
+    else product<BFLOAT16, ShortSingles>(p);
 }
 
 // x (n) of `kind` -> absmax (blocks) and packed ((n + 1) / 2).  Returns whether all of x is finite; else both mean nothing.

@@ -37,7 +37,10 @@ def _rebuilt(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-    """``x Ŵᵀ + b``, transposed ``x Ŵ``, in x's dtype, the type Ŵ is rounded to; sums are taken in float32, and rounded once."""
+    """``x Ŵᵀ + b``, transposed ``x Ŵ``, in x's dtype; sums are taken in float32, and rounded once.
+
+    Ŵ is rounded to x's dtype, but where one row meets the fused product, which has it as it is.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     # Under autocast the types are torch's to choose; of an x that doesn't fit torch says so.
     if (prod(weight.shape) >= FUSED_WEIGHTS and x.shape[-1] == weight.shape[0 if transposed else 1] and x.numel()

@@ -172,8 +172,8 @@ class NF4Tensor:
 
         Returns: (rows, out), or (rows, in), in x's dtype; or None where there is no kernel for it, or `dequantize` and torch's
             product are faster.
-        Guarantee: Ŵ is rounded to x's dtype as `dequantize` does; sums are taken in float32 and rounded once
-            (tests/kernels/test_product.py and test_gpu.py state the bounds).
+        Guarantee: Ŵ is rounded to x's dtype as `dequantize` does, and for one row is float32; sums are taken in float32 and
+            rounded once (tests/kernels/test_product.py and test_gpu.py state the bounds).
         """
         kernel = _kernel(self.device, x.dtype)
         if (kernel is None or x.device != self.device or len(x) > kernel.fused_rows.get(x.dtype, 0)

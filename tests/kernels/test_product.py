@@ -25,8 +25,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def error_in_units_of_the_bound(q: NF4Tensor, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> float:
-    """|y − y*| / ((in + 2) 2⁻²⁴ (Σ|x w| + |b|) + the one rounding to y's type), y* the product in float64, w in x's type."""
-    w, x64 = q.dequantize(x.dtype).double(), x.double()
+    """|y − y*| / ((in + 2) 2⁻²⁴ (Σ|x w| + |b|) + the one rounding to y's type), y* the product in float64.
+
+    w in x's type; for one row as it is, in float32.
+    """
+    w, x64 = q.dequantize(torch.float32 if len(x) == 1 else x.dtype).double(), x.double()
     exact, size = x64 @ w.T, x64.abs() @ w.abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
@@ -48,6 +51,38 @@ def test_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, shape: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 192, 256, 4096])
+def test_one_row_meets_weights_that_are_not_rounded(kernel: Kernel, blocksize: int, dtype: torch.dtype) -> None:
+    """Rounded to bfloat16 they would be off by more than the bound, as large terms cancel here."""
+    for out, columns in ((1, 128), (7, 768), (8, 640), (61, 4096), (1030, 256)):
+        for double_quant in (True, False):
+            q = quantize_nf4(normal(out, columns), blocksize, double_quant)
+            x = normal(1, columns, seed=1).to(dtype)
+            w = q.dequantize(torch.float32)[0]
+            x -= (x @ w.to(dtype)) / (w @ w).to(dtype) * w.to(dtype)
+            worst = error_in_units_of_the_bound(q, x, product(kernel, q, x))
+            assert worst <= 1, f"off by {worst:.2f} times the bound at {out} x {columns}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_takes_numbers_of_any_size(kernel: Kernel, dtype: torch.dtype) -> None:
+    """Where a sum before its constant would be too large, or a product with a code too small, another way is taken."""
+    small, large = quantize_nf4(normal(20, 256) * 1e-20), quantize_nf4(normal(20, 256) * 1e20)
+    for q, size in ((small, 1e36), (small, 3e38), (small, 1.0), (large, 1e-30), (large, 1e-38), (large, 1e15)):
+        x = (normal(1, 256, seed=1).clamp(-1, 1) * size).to(dtype)
+        assert error_in_units_of_the_bound(q, x, product(kernel, q, x)) <= 1
+        x[0, ::3] = 0.0
+        x[0, 1] = -size
+        assert error_in_units_of_the_bound(q, x, product(kernel, q, x)) <= 1
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        x = torch.ones(1, 256, dtype=dtype)
+        x[0, 77] = bad
+        y = product(kernel, small, x)[0]
+        there = small.dequantize(torch.float32)[:, 77] != 0
+        assert not y[there].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_weight_meets_its_own_element_of_x(kernel: Kernel, dtype: torch.dtype) -> None:
     """x is a unit vector, so every sum is one weight: exact, whatever its order."""
     for out, columns, blocksize in ((7, 256, 64), (5, 128, 128), (6, 96, 64), (3, 33, 16)):
@@ -66,14 +101,16 @@ def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: 
     x = normal(40, 512, seed=1).to(dtype)
     threads = torch.get_num_threads()
     try:
-        few, many = [], []
+        one, few, many = [], [], []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            few += [product(kernel, q, x[:rows].contiguous()) for rows in (1, 2, 3, 4, 7, 8, 9, 16)]
+            one += [product(kernel, q, x[:1])]
+            few += [product(kernel, q, x[:rows].contiguous()) for rows in (2, 3, 4, 7, 8, 9, 16)]
             many += [product(kernel, q, x[:rows].contiguous()) for rows in (17, 23, 40)]
     finally:
         torch.set_num_threads(threads)
-    for results in (few, many):
+    # One row of bfloat16 meets other weights, those that are not rounded.
+    for results in (one + few, many) if dtype == torch.float32 else (one, few, many):
         longest = max(results, key=len)
         assert all(torch.equal(y, longest[: len(y)]) for y in results)
 
