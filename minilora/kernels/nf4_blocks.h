@@ -125,8 +125,8 @@ struct RowConstants {
     int64_t ready = -1;                                         // the row whose constants, and the next ones', are looked up
 
     RowConstants(const Packed& w, int64_t blocks, int64_t at_once, int64_t last)
-        : w(w), blocks(blocks), at_once(at_once), last(last), room(3 * at_once * blocks), dynamic(w.absmax ? room.data : w.dynamic),
-          next(room.data), taken(next + at_once * blocks) {
+        : w(w), blocks(blocks), at_once(at_once), last(last), room(3 * at_once * blocks),
+          dynamic(w.absmax ? room.data : w.dynamic), next(room.data), taken(next + at_once * blocks) {
         codes = (uint8_t*)(taken + at_once * blocks);           // zeros, for a weight whose constants are no codes
         memset(room.data, 0, 3 * at_once * blocks * sizeof(float));
     }
