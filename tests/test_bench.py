@@ -130,8 +130,8 @@ def both(monkeypatch: pytest.MonkeyPatch, module: Any, ours_seconds: float, peer
     """Let `take_turns` find these figures; the tasks it is given."""
     tasks: list[Task] = []
 
-    def found(task: Task, rounds: int, peers: bool) -> tuple[Taken, Taken | None]:
-        tasks.append(task)
+    def found(task: Task, rounds: int, peers: bool, peer_task: Task | None = None) -> tuple[Taken, Taken | None]:
+        tasks.extend([task, *([peer_task] if peer_task else [])])
         return (Taken([ours_seconds] * 3, first or ours_seconds, peaks[0]),
                 Taken([peer_seconds] * 3, peer_seconds, peaks[1]) if peers else None)
 
@@ -152,6 +152,16 @@ def test_a_step_must_be_faster_and_take_less(monkeypatch: pytest.MonkeyPatch, ti
     products = 2 * 2 * 84_934_656 * 1024 / 4e11
     assert rows[0].limit == pytest.approx(products) and rows[1].limit == pytest.approx(1.5 * products)
     assert [row.name for row in models.steps(Settings(quick=True))] == ["qlora_step_110m", "qlora_step_110m_ckpt"]
+
+
+@pytest.mark.parametrize("times, ok", [(2.5, True), (2.3, False)])
+def test_512_rows_are_held_against_float32_in_both_types(monkeypatch: pytest.MonkeyPatch, times: float, ok: bool) -> None:
+    monkeypatch.setattr(kernels, "LAYER", (128, 64))
+    tasks = both(monkeypatch, kernels, 1.0, times, (1, 1))
+    same, mixed = kernels.products_fp32(Settings(peers=True))
+    assert [(task.rows, task.dtype) for task in tasks] == [(512, "float32"), (512, "bfloat16"), (512, "float32")]
+    assert mixed.name == "linear_rows_512_bf16_to_fp32" and mixed.ok is ok and same.ratio == mixed.ratio == times
+    assert [row.name for row in kernels.products_fp32(Settings())] == ["linear_rows_512_fp32"]
 
 
 def test_loading_must_fit_beside_the_model_and_decoding_must_not_be_slow_at_first(monkeypatch: pytest.MonkeyPatch) -> None:

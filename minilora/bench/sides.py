@@ -140,21 +140,22 @@ class _Side:
         self.errors.close()
 
 
-def take_turns(task: Task, rounds: int, peers: bool) -> tuple[Taken, Taken | None]:
+def take_turns(task: Task, rounds: int, peers: bool, peer_task: Task | None = None) -> tuple[Taken, Taken | None]:
     """Do a task on both sides, one warm-up and `rounds` turns each; without `peers` on ours alone.
 
+    Args: peer_task: the peer's, where it is another one.
     Raises: MiniloraError: a side failed, or there is no script with the peers' side.
     """
-    commands = [["-m", "minilora.bench.ours"]]
+    commands = [(["-m", "minilora.bench.ours"], task)]
     if peers:
         if not PEERS_SCRIPT.is_file():
             raise MiniloraError("--peers needs scripts/peers.py: run the bench from a checkout of the project, with the extra "
                                 "[peers] installed")
-        commands.append([str(PEERS_SCRIPT)])
+        commands.append(([str(PEERS_SCRIPT)], peer_task or task))
     sides: list[_Side] = []
     try:
-        for command in commands:        # one after the other: loading is no race for the disk
-            sides.append(_Side(command, task))
+        for command, its_task in commands:      # one after the other: loading is no race for the disk
+            sides.append(_Side(command, its_task))
             sides[-1].answer("ready")
         for _ in range(rounds + 1):
             for side in sides:

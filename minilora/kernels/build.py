@@ -1,6 +1,6 @@
 """Compile a C++ file once per user and machine, and load it: no build system, no binaries in the package.
 
-    library = load(source)          about a second the first time, a millisecond after that
+    library = load(source)          two seconds the first time, a millisecond after that
 
 The compiled file lies in ``$XDG_CACHE_HOME/minilora/kernels`` (else ``~/.cache/...``) under a hash of all that decides what it
 holds: source with what it includes, flags, compiler, processor, OpenMP library.  Another of any is another file.
