@@ -24,6 +24,7 @@ struct Singles {
     typedef float type;
     static const int WEIGHT = FLOAT32;                          // what weights are rounded to
     static const int COUNT = LANES;
+    static const int FEW = 16;                                  // rows of x up to which `few` is the faster way
     static const bool KEPT_PAYS = false;                        // to read weights again takes longer than to look them up again
     static INLINE Table table(const Table& code, float absmax) { return scaled_table<FLOAT32>(code, absmax); }
     static INLINE void weights(const Table& table, const uint8_t* from, Words& even, Words& odd) {
@@ -37,7 +38,7 @@ struct Singles {
 // Trap: these instructions take subnormal numbers (below 1.2e-38) for zero, in the table as in the product.
 struct ShortSingles {
     typedef uint16_t type;
-    static const int WEIGHT = BFLOAT16, COUNT = 32;
+    static const int WEIGHT = BFLOAT16, COUNT = 32, FEW = 48;
     static const bool KEPT_PAYS = true;                         // for sixteen rows a fifth of the time
     static INLINE Table table(const Table& code, float absmax) {
         __m512 table = (__m512)((Floats)code.part[0] * absmax);
@@ -296,7 +297,7 @@ const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tab
 
 template <int KIND, class E> void product(const Product& p) {
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are whole blocks, and these registers
-    if (!whole || p.rows > 16) return many<KIND, E>(p);
+    if (!whole || p.rows > E::FEW) return many<KIND, E>(p);
     if constexpr (E::WEIGHT == FLOAT32)                         // see `one_short_row`
         if (p.rows == 1) return few<KIND, E, FOR_ONE, 1>(p);
     if (p.rows <= 2) few<KIND, E, FOR_TWO, 2>(p);

@@ -38,8 +38,9 @@ def error_in_units_of_the_bound(q: NF4Tensor, x: torch.Tensor, y: torch.Tensor, 
     return float(((y.double() - exact).abs() / bound).max())
 
 
-@given(shape=st.sampled_from(SHAPES), rows=st.integers(1, 20), blocksize=st.sampled_from((7, 32, 64, 128, 4096)),
-       double_quant=st.booleans(), biased=st.booleans(), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+@given(shape=st.sampled_from(SHAPES), rows=st.integers(1, 20) | st.sampled_from((33, 48, 49, 61)),
+       blocksize=st.sampled_from((7, 32, 64, 128, 4096)), double_quant=st.booleans(), biased=st.booleans(),
+       dtype=st.sampled_from((torch.float32, torch.bfloat16)))
 def test_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, shape: tuple[int, int], rows: int, blocksize: int,
                                                         double_quant: bool, biased: bool, dtype: torch.dtype) -> None:
     q = quantize_nf4(normal(*shape), blocksize, double_quant)
@@ -98,19 +99,20 @@ def test_each_weight_meets_its_own_element_of_x(kernel: Kernel, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: Kernel, dtype: torch.dtype) -> None:
     q = quantize_nf4(normal(1030, 512))
-    x = normal(40, 512, seed=1).to(dtype)
+    x = normal(70, 512, seed=1).to(dtype)
     threads = torch.get_num_threads()
     try:
-        one, few, many = [], [], []
+        one, few, many, most = [], [], [], []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             one += [product(kernel, q, x[:1])]
             few += [product(kernel, q, x[:rows].contiguous()) for rows in (2, 3, 4, 7, 8, 9, 16)]
             many += [product(kernel, q, x[:rows].contiguous()) for rows in (17, 23, 40)]
+            most += [product(kernel, q, x[:rows].contiguous()) for rows in (49, 70)]
     finally:
         torch.set_num_threads(threads)
     # One row of bfloat16 meets other weights, those that are not rounded.
-    for results in (one + few, many) if dtype == torch.float32 else (one, few, many):
+    for results in (one + few, many, most) if dtype == torch.float32 else (one, few, many, most):
         longest = max(results, key=len)
         assert all(torch.equal(y, longest[: len(y)]) for y in results)
 
