@@ -9,7 +9,8 @@ batch are padded on the left, so that the last column holds the last token of ev
      BOS    a     b   c                     0  1  2  3
 
 Padding is never attended to and positions count real tokens, so an answer depends on its own prompt alone (up to the
-rounding of the machine's products, whose order may change with a batch's shape).
+rounding of the machine's products, whose order may change with a batch's shape; and of 16 bits, to which 4-bit weights are
+rounded where several sequences meet them, not where one does: `NF4Tensor.fused_product`).
 
 What all prompts of a batch begin with, such as an instruction, is read once, and its keys and values stand in every row of
 the cache; the padding then lies behind it.
@@ -89,7 +90,8 @@ def generate_ids(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequenc
         ConfigError: sizes below 1, or a prompt and its answer exceed the model's positions.
         CheckpointError: a token id outside the embedding table.
         DataError: a prompt without tokens.
-    Guarantee: a prompt's answer is the same alone and in any batch (test_answers_do_not_depend_on_the_batch).
+    Guarantee: a prompt's answer is the same alone and in any batch, but for near ties that such rounding decides (see above;
+        test_answers_do_not_depend_on_the_batch).
     """
     if not all(isinstance(size, int) and size >= 1 for size in (max_new_tokens, batch_size)):
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")

@@ -161,6 +161,7 @@ def test_512_rows_are_held_against_float32_in_both_types(monkeypatch: pytest.Mon
     same, mixed = kernels.products_fp32(Settings(peers=True))
     assert [(task.rows, task.dtype) for task in tasks] == [(512, "float32"), (512, "bfloat16"), (512, "float32")]
     assert mixed.name == "linear_rows_512_bf16_to_fp32" and mixed.ok is ok and same.ratio == mixed.ratio == times
+    assert same.targets[0] == mixed.targets[0] == Target("times bitsandbytes", times, 2.4)
     assert [row.name for row in kernels.products_fp32(Settings())] == ["linear_rows_512_fp32"]
 
 

@@ -87,7 +87,7 @@ struct Packed {
 
 namespace {
 
-// The float32 constants of blocks first … first + count, from dynamic[code] of each, in place.
+// Constants of blocks first … first + count out of what was looked up for them, in place.
 inline void scale_absmax(const Packed& w, int64_t first, int64_t count, float* absmax) {
     for (int64_t i = 0; i < count;) {
         int64_t group = (first + i) / w.nested_blocksize;
@@ -103,6 +103,7 @@ INLINE void look_up(const float* dynamic, const uint8_t* codes, int64_t count, f
     for (int64_t i = 0; i < count; ++i) memcpy(absmax + i, dynamic + codes[i], sizeof *absmax);
 }
 
+// The float32 constants of blocks first … first + count.
 inline void decode_absmax(const Packed& w, int64_t first, int64_t count, float* absmax) {
     if (w.absmax) {
         memcpy(absmax, w.absmax + first, count * sizeof(float));
@@ -112,35 +113,36 @@ inline void decode_absmax(const Packed& w, int64_t first, int64_t count, float* 
     scale_absmax(w, first, count, absmax);
 }
 
-// The constants of rows that a thread takes `at_once`.  Those of the next rows are looked up while these are multiplied: a loop
-// over their blocks does `look_up(dynamic, codes + i, …, next + i)` with all i < at_once · blocks, and asks nothing.  Where there
-// are not so many next rows it looks up others, which nobody uses.
+// The constants of rows that a thread takes `at_once`.  Those of the next rows may be looked up while these are multiplied
+// (`looks_ahead`): a loop over blocks then does `look_up(dynamic, codes + i, 1, looked_up + i)` for all i < at_once · blocks.
+// It asks nothing, as a branch would cost what this saves: where there are fewer next rows it looks up others, for nobody.
 struct RowConstants {
     const Packed& w;
     const int64_t blocks, at_once, last;                        // blocks of a row; and the row behind the thread's last
+    const bool looks_ahead;
     Scratch<float> room;
     const float* dynamic;
     const uint8_t* codes;
-    float *next, *taken;
-    int64_t ready = -1;                                         // the row whose constants, and the next ones', are looked up
+    float *looked_up, *taken;
+    int64_t ready = -1;                                         // the row from which on they are looked up by now, or none
 
-    RowConstants(const Packed& w, int64_t blocks, int64_t at_once, int64_t last)
-        : w(w), blocks(blocks), at_once(at_once), last(last), room(3 * at_once * blocks),
-          dynamic(w.absmax ? room.data : w.dynamic), next(room.data), taken(next + at_once * blocks) {
+    RowConstants(const Packed& w, int64_t blocks, int64_t at_once, int64_t last, bool looks_ahead)
+        : w(w), blocks(blocks), at_once(at_once), last(last), looks_ahead(looks_ahead), room(3 * at_once * blocks),
+          dynamic(w.absmax ? room.data : w.dynamic), looked_up(room.data), taken(looked_up + at_once * blocks) {
         codes = (uint8_t*)(taken + at_once * blocks);           // zeros, for a weight whose constants are no codes
         memset(room.data, 0, 3 * at_once * blocks * sizeof(float));
     }
 
-    // Those of the rows from `row` on, in the order in which the thread takes its rows; `looking` where its loop looks up.
-    const float* take(int64_t row, bool looking) {
+    // Those of the rows from `row` on, in the order in which the thread takes its rows.
+    const float* take(int64_t row) {
         if (w.absmax) return w.absmax + row * blocks;
         const int64_t first = row * blocks, count = smaller(at_once, last - row) * blocks;
-        if (row != ready) look_up(w.dynamic, w.nested_codes + first, count, next);
-        scale_absmax(w, first, count, next);
-        float* own = next;
-        next = taken;
+        if (row != ready) look_up(w.dynamic, w.nested_codes + first, count, looked_up);
+        scale_absmax(w, first, count, looked_up);
+        float* own = looked_up;
+        looked_up = taken;
         taken = own;
-        const bool follow = looking && row + 2 * at_once <= last;
+        const bool follow = looks_ahead && row + 2 * at_once <= last;
         ready = follow ? row + at_once : -1;
         if (follow) codes = w.nested_codes + first + count;
         return own;

@@ -86,7 +86,7 @@ struct Product {
 };
 
 #if defined(__AVX512BW__)
-const Words EVERY_SECOND = {0x20000, 0x60004, 0xa0008, 0xe000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c,     // halves: 0, 2, 4, …
+const Words EVERY_SECOND = {0x20000, 0x60004, 0xa0008, 0xe000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c,     // halves 0, 2, 4
                             0x220020, 0x260024, 0x2a0028, 0x2e002c, 0x320030, 0x360034, 0x3a0038, 0x3e003c};
 #endif
 
@@ -145,14 +145,14 @@ const int64_t AHEAD = 4096;
 enum Weights { USED_ONCE, KEPT, USED_AGAIN };
 
 template <class E, int W_ROWS, int ROWS, Weights WEIGHTS>
-void multiply_few(const Product& p, int64_t row, const typename E::type* x, const float* absmax, const RowConstants& next,
-                  char* kept, float* sums) {
+void multiply_few(const Product& p, int64_t row, const typename E::type* x, const float* absmax,
+                  const RowConstants& row_constants, char* kept, float* sums) {
     const int64_t blocks = p.in / p.w.blocksize, bytes = p.w.blocksize / 2;
     int64_t w_rows = smaller(W_ROWS, p.out - row);
     const Table code = load_table(p.w.code);
-    const float* dynamic = next.dynamic;
-    const uint8_t* codes = next.codes;
-    float* looked_up = next.next;
+    const float* dynamic = row_constants.dynamic;
+    const uint8_t* codes = row_constants.codes;
+    float* looked_up = row_constants.looked_up;
     Floats sum[W_ROWS * ROWS] = {};
     const uint8_t* packed[W_ROWS];
     const float* constants[W_ROWS];
@@ -215,11 +215,11 @@ template <int KIND, class E, int W_ROWS, int ROWS, bool KEEPS = false> void few(
     for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * ROWS, ROWS, true, x.data + i * panel);
     parallel(p.threads, ceil_div(p.out, W_ROWS), [&](int64_t from, int64_t to) {
         const int64_t last = smaller(to * W_ROWS, p.out);
-        RowConstants constants(p.w, p.in / p.w.blocksize, W_ROWS, last);
+        RowConstants constants(p.w, p.in / p.w.blocksize, W_ROWS, last, true);
         Scratch<typename E::type> kept(KEEPS && panels > 1 ? W_ROWS * p.in : 0);
         Sums<W_ROWS * ROWS> sums;
         for (int64_t row = from * W_ROWS; row < last; row += W_ROWS) {
-            const float* absmax = constants.take(row, true);
+            const float* absmax = constants.take(row);
             for (int64_t i = 0; i < panels; ++i) {
                 auto multiply = multiply_few<E, W_ROWS, ROWS, USED_ONCE>;
                 if constexpr (KEEPS)
@@ -296,7 +296,7 @@ const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tab
 #endif                                                              // are 16 or fewer
 
 template <int KIND, class E> void product(const Product& p) {
-    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are whole blocks, and these registers
+    bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are blocks, and these registers
     if (!whole || p.rows > E::FEW) return many<KIND, E>(p);
     if constexpr (E::WEIGHT == FLOAT32)                         // see `one_short_row`
         if (p.rows == 1) return few<KIND, E, FOR_ONE, 1>(p);

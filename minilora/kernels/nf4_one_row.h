@@ -20,7 +20,7 @@ namespace {
 
 const int ONE_ROWS = 8;                                         // of W at a time: a load of x serves as many
 const int ONE_CODES = 128;                                      // to a register
-const int64_t ONE_MOST_ROWS = 512, ONE_PARTS = 8;               // that a thread takes at a time; and times, at least
+const int64_t ONE_MOST_ROWS = 512, ONE_PARTS = 8;               // of W that a thread takes at a time; and how often, or more
 const int64_t ONE_AHEAD = 4096;                                 // bytes that are asked for beyond the next rows, into L2
 // Numbers between these can be added up before they meet a block's constant: nothing gets too large, or loses bits.
 const float ONE_LEAST = 0x1p-60f, ONE_MOST = 0x1p100f;
@@ -30,7 +30,7 @@ inline bool one_row_fits(const Packed& w, int64_t in) {
     return in % ONE_CODES == 0 && w.blocksize % (ONE_CODES / 2) == 0 && in % w.blocksize == 0;
 }
 
-// x (in) in the order of the codes; or false where its numbers are too far apart.
+// x (in) in the order of the codes; or false where a number is too large or too small (or none).
 inline bool arrange_one_row(const float* x, int64_t in, float* to) {
     Ints wrong = {};
     for (int64_t i = 0; i < in; i += LANES) {
@@ -46,17 +46,16 @@ inline bool arrange_one_row(const float* x, int64_t in, float* to) {
 
 // Sums of ONE_ROWS rows of W.
 inline void multiply_one_row(const Packed& w, int64_t in, const uint8_t* const* rows, const float* const* constants,
-                             const float* x, const uint8_t* ahead, const RowConstants& next, float* sums) {
+                             const float* x, const uint8_t* ahead, const RowConstants& row_constants, float* sums) {
     const int64_t halves_a_block = w.blocksize / (ONE_CODES / 2);
     const Table code = load_table(w.code);
-    const bool looking = halves_a_block == 1;
-    const float* dynamic = next.dynamic;
-    const uint8_t* codes = next.codes;
-    float* looked_up = next.next;
+    const float* dynamic = row_constants.dynamic;
+    const uint8_t* codes = row_constants.codes;
+    float* looked_up = row_constants.looked_up;
     Floats sum[ONE_ROWS] = {};
     for (int64_t at = 0, half = 0; at < in; at += ONE_CODES, half += 2) {
         UNROLL for (int n = 0; n < ONE_ROWS; ++n, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-        if (looking) {
+        if (row_constants.looks_ahead) {
             UNROLL for (int n = 0; n < 2 * ONE_ROWS; ++n) look_up(dynamic, codes + n, 1, looked_up + n);
             codes += 2 * ONE_ROWS;
             looked_up += 2 * ONE_ROWS;
@@ -87,9 +86,9 @@ template <class Take> bool one_row(const Packed& w, int64_t out, int64_t in, con
     const int64_t part_rows = smaller(ONE_MOST_ROWS, ceil_div(out, threads * ONE_PARTS * ONE_ROWS) * ONE_ROWS);
     deal(threads, ceil_div(out, part_rows), [&](int64_t part) {
         const int64_t last = smaller((part + 1) * part_rows, out);
-        RowConstants constants(w, blocks, ONE_ROWS, last);
+        RowConstants constants(w, blocks, ONE_ROWS, last, w.blocksize == ONE_CODES / 2);
         for (int64_t row = part * part_rows; row < last; row += ONE_ROWS) {
-            const float* absmax = constants.take(row, w.blocksize == ONE_CODES / 2);
+            const float* absmax = constants.take(row);
             const int64_t count = smaller(ONE_ROWS, last - row);
             const uint8_t* rows[ONE_ROWS];
             const float* of_row[ONE_ROWS];
