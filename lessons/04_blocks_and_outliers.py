@@ -124,7 +124,7 @@ with picture("04_outlier", columns=2, width_ratios=(1.5, 1)) as (left_axes, righ
 # ## Where it lives
 #
 # `minilora/kernels/reference.py` is the definition, in torch: `quantize_blocks` is ten lines. The vector code
-# (`minilora/kernels/nf4_cpu.cpp`) must equal it to the bit. `minilora/quant/blockwise.py` refuses what no constant can
+# (`minilora/kernels/nf4_quantize.h`) must equal it to the bit. `minilora/quant/blockwise.py` refuses what no constant can
 # scale: NaN, infinities, empty tensors. Source: QLoRA (arXiv 2305.14314), section 2.
 #
 # ## The trap

@@ -304,8 +304,9 @@ with picture("17_fast", columns=2, width=9, height=2.8, width_ratios=(1, 2)) as 
 # ## Where it lives
 #
 # `minilora/kernels/reference.py` is the truth, in torch; `minilora/kernels/nf4_vectors.h` has the register and its lookups, in
-# four forms for four kinds of processor; `minilora/kernels/nf4_cpu.cpp` the loops over them; `minilora/kernels/nf4_one_row.h`
-# the one that a token meets, where a block's sum is scaled and not its weights; `minilora/layers/scratch.py` the buffer;
+# four forms for four kinds of processor; `minilora/kernels/nf4_product.cpp` the loops over them;
+# `minilora/kernels/nf4_one_row.h` the one that a token meets, where a block's sum is scaled and not its weights;
+# `minilora/layers/scratch.py` the buffer;
 # `minilora/kernels/nf4_triton.py` the same for GPUs, and `minilora/kernels/product_triton.py` their products, one of which
 # hands a weight from its codes to the tensor cores within one thread. `tests/kernels/test_equal_bits.py` and
 # `tests/kernels/test_gpu.py` hold them against the reference, bit for bit. `minilora bench --only unpacking` measures on

@@ -43,7 +43,7 @@ SAVED, FILES = "run_checkpoints.py", "files.py"
 SAFETY_TESTS = "tests/test_kills.py tests/test_safety.py"
 PAGER, PAGED, STARTS = "optim/paged.py", "optim/paged_adamw.py", "layers/starts.py"
 PROMPTS, BATCHES, TRIE, BNB = "data/prompts.py", "data/batches.py", "trie.py", "llama/bnb_format.py"
-BLOCKS, VECTORS, BLOCK = "kernels/nf4_blocks.h", "kernels/nf4_vectors.h", "kernels/block_cpu.cpp"
+BLOCKS, VECTORS, BLOCK = "kernels/nf4_blocks.h", "kernels/nf4_vectors.h", "kernels/block_attention.cpp"
 FRUGAL = "llama/frugal.py"
 KERNEL_TESTS, BLOCK_TESTS = "tests/kernels/test_equal_bits.py", "tests/kernels/test_block.py"
 DECAY = "    if weight_decay:\n        param.mul_(1 - lr * weight_decay)\n"
@@ -113,8 +113,8 @@ MUTATIONS = (
              "rounded = bits >> 16;", KERNEL_TESTS),
     Mutation("vector code: a product's nibbles swapped", VECTORS, "    even = lookup(table, byte >> 4);",
              "    even = lookup(table, byte);", "tests/kernels/test_product.py"),
-    Mutation("vector code: one row meets rounded weights", "kernels/nf4_cpu.cpp", "else if (rows == 1) one_short_row(p);", "",
-             "tests/kernels/test_product.py"),
+    Mutation("vector code: one row meets rounded weights", "kernels/nf4_product.cpp",
+             "else if (rows == 1) one_short_row(p);", "", "tests/kernels/test_product.py"),
     Mutation("vector code: one row's numbers are of any size", "kernels/nf4_one_row.h",
              "if (largest(wrong & 1)) return false;", "", "tests/kernels/test_product.py"),
     Mutation("vector code: a key's first row is left out", BLOCK, "const int from = i == j ? c0 : 0;",

@@ -1,4 +1,4 @@
-"""The vector code of `block_cpu.cpp`, called with tensors: what a block of a Llama does besides its linears.
+"""The vector code of `block_cpu.cpp` and `block_attention.cpp`, called with tensors: a block of a Llama besides its linears.
 
 `kernel()` is the compiled library, or None where there is none: without AVX-512, without a compiler (said once), or where
 ``MINILORA_KERNELS=reference`` asks for none.  Then the caller takes torch's operations.
@@ -14,7 +14,7 @@ from torch import Tensor
 from minilora.kernels.block_calls import Attention, Norm, Query, Rotation, SwiGLU, Trees, address, empty, view
 from minilora.kernels.build import NATIVE, at_first_call, load
 
-SOURCE = Path(__file__).with_name("block_cpu.cpp")
+SOURCES = Path(__file__).with_name("block_cpu.cpp"), Path(__file__).with_name("block_attention.cpp")
 HEAD_DIMS = (64, 128)               # those that the attention is compiled for: whole tiles of 64
 # Narrower rows and heads keep torch's bits: figures that are published hang on those of the small model that ships (256 and 512
 # wide, heads of 32).  The stepwise forms give these bits too, forward only.
@@ -60,7 +60,7 @@ class Kernel:
     """
 
     def __init__(self, machine: tuple[str, ...] = NATIVE) -> None:
-        library = load(SOURCE, machine)
+        library = load(*SOURCES, machine=machine)
         self.works = bool(library.block_machine())              # compiled for AVX-512
         if self.works:
             self._forward, self._backward = library.block_attention, library.block_attention_backward

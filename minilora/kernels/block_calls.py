@@ -1,4 +1,4 @@
-"""What the vector code of `block_cpu.cpp` takes, as ctypes: its structures, and where tensors lie."""
+"""What the vector code for blocks takes, as ctypes: its structures, and where tensors lie."""
 from __future__ import annotations
 
 import ctypes
@@ -14,7 +14,7 @@ class View(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """`struct Attention` of block_cpu.cpp."""
+    """`struct Attention` of block_attention.cpp."""
 
     _fields_ = (*((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "length")), ("scale", ctypes.c_float),
                 *((name, View) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")), ("log_sum", ctypes.c_void_p))

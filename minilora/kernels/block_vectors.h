@@ -1,4 +1,4 @@
-// Sixteen float32 in a register of AVX-512, bfloat16 to and from them, and tasks for torch's threads: what block_cpu.cpp needs.
+// Sixteen float32 in a register of AVX-512, bfloat16 to and from them, and tasks for torch's threads: what block_*.cpp need.
 
 #pragma once
 

@@ -1,6 +1,6 @@
-"""Compile a C++ file once per user and machine, and load it: no build system, no binaries in the package.
+"""Compile C++ files once per user and machine, and load them: no build system, no binaries in the package.
 
-    library = load(source)          two seconds the first time, a millisecond after that
+    library = load(*sources)        a second or two the first time, milliseconds after that
 
 The compiled file lies in ``$XDG_CACHE_HOME/minilora/kernels`` (else ``~/.cache/...``) under a hash of all that decides what it
 holds: source with what it includes, flags, compiler, processor, OpenMP library.  Another of any is another file.
@@ -23,6 +23,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,11 +91,12 @@ def _text(source: Path) -> str:
     return "\0".join([text, *(_text(source.with_name(name)) for name in INCLUDE.findall(text))])
 
 
-def load(source: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
-    """The library made of `source`, from the cache or compiled now.
+def load(*sources: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
+    """The one library made of `sources`, from the cache or compiled now, each file beside the others.
 
     Args:
-        source: a C++ file; what it includes in quotes lies beside it. machine: flags that choose the instruction set.
+        sources: C++ files, the first of which names the library; what they include in quotes lies beside them.
+        machine: flags that choose the instruction set.
 
     Raises: BuildError: no compiler, it fails, or the cache folder is not to be used.
     """
@@ -103,12 +105,12 @@ def load(source: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
         raise BuildError("no C++ compiler is installed (c++)")
     openmp = openmp_library()
     compiler_state = Path(compiler).resolve().stat()
-    parts = [_text(source), *FLAGS, *machine, _processor(), str(openmp), torch.__version__,
+    parts = [*map(_text, sources), *FLAGS, *machine, _processor(), str(openmp), torch.__version__,
              f"{compiler} {compiler_state.st_size} {compiler_state.st_mtime_ns}"]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{source.stem}-{key}.so"
+    path = cache_folder() / f"{sources[0].stem}-{key}.so"
     if not _is_whole(path):
-        _compile(compiler, source, machine, openmp, path)
+        _compile(compiler, sources, machine, openmp, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -126,14 +128,15 @@ def _is_whole(path: Path) -> bool:
     return own and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
-def _compile(compiler: str, source: Path, machine: tuple[str, ...], openmp: str | None, path: Path) -> None:
+def _compile(compiler: str, sources: tuple[Path, ...], machine: tuple[str, ...], openmp: str | None, path: Path) -> None:
     """Compile to a temporary name beside `path`, append the digest, rename."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part, library = Path(folder) / "part.o", Path(folder) / "library.so"
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(len(sources)) as at_once:
+            library, parts = Path(folder) / "library.so", [str(Path(folder) / f"{source.stem}.o") for source in sources]
             # Two steps: linking with -fopenmp would add the compiler's own OpenMP library beside torch's.
-            _run([compiler, *FLAGS, *machine, *(["-fopenmp"] if openmp else []), "-c", str(source), "-o", str(part)])
-            _run([compiler, "-shared", str(part), *([openmp] if openmp else []), "-o", str(library)])
+            compile_one = [compiler, *FLAGS, *machine, *(["-fopenmp"] if openmp else []), "-c"]
+            list(at_once.map(lambda source, part: _run([*compile_one, str(source), "-o", part]), sources, parts))
+            _run([compiler, "-shared", *parts, *([openmp] if openmp else []), "-o", str(library)])
             content = library.read_bytes()
             library.write_bytes(content + hashlib.sha256(content).digest())
             library.chmod(0o700)

@@ -1,4 +1,4 @@
-"""The vector code of `nf4_cpu.cpp` and its headers, called with tensors.
+"""The vector code of `nf4_cpu.cpp` and `nf4_product.cpp`, called with tensors.
 
 `kernel()` is the compiled library, or None where there is none: then the caller takes `reference`, which gives the same bits.
 Without a compiler that is so, and said once; ``MINILORA_KERNELS=reference`` asks for it.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minilora.kernels.build import NATIVE, at_first_call, load
 
-SOURCE = Path(__file__).with_name("nf4_cpu.cpp")
+SOURCES = Path(__file__).with_name("nf4_cpu.cpp"), Path(__file__).with_name("nf4_product.cpp")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to so many rows of x the fused product is faster than unpacking and torch's product, measured on two AMD EPYC cores with
 # AVX-512 (11008 × 4096: the lines cross at 112 rows of bfloat16 and 330 of float32); the other forms on the same machine.
@@ -43,7 +43,7 @@ class Constants:
 
 
 class _Packed(ctypes.Structure):
-    """`struct Packed` of nf4_cpu.cpp."""
+    """`struct Packed` of nf4_blocks.h."""
 
     _fields_ = (("packed", ctypes.c_void_p), ("code", ctypes.c_void_p), ("n", ctypes.c_int64), ("blocksize", ctypes.c_int64),
                 ("absmax", ctypes.c_void_p), ("nested_codes", ctypes.c_void_p), ("dynamic", ctypes.c_void_p),
@@ -68,7 +68,7 @@ class Kernel:
     """
 
     def __init__(self, machine: tuple[str, ...] = NATIVE) -> None:
-        library = load(SOURCE, machine)
+        library = load(*SOURCES, machine=machine)
         pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._unpack = library.nf4_unpack
         self._unpack.argtypes, self._unpack.restype = [pointer, integer, pointer, integer], None

@@ -1,4 +1,4 @@
-"""Attention, SwiGLU, RMSNorm and rotation of `block_cpu.cpp` against their formulas in float64, torch's, and differences."""
+"""Attention, SwiGLU, RMSNorm and rotation as vector code against their formulas in float64, torch's, and differences."""
 from __future__ import annotations
 
 import ctypes
@@ -116,7 +116,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_powers_of_two_are_right_to_one_unit_in_the_last_place(form: str) -> None:
     make(form)
-    exp2 = build.load(block.SOURCE, FORMS[form]).block_exp2
+    exp2 = build.load(*block.SOURCES, machine=FORMS[form]).block_exp2
     exp2.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     x = torch.cat((torch.linspace(-125, 127, 1 << 20), torch.linspace(-1, 1, 1 << 20)))
     right = np.exp2(x.double().numpy())

@@ -65,7 +65,7 @@ def test_a_second_use_takes_the_file_of_the_first(source: Path, monkeypatch: pyt
 
 def test_another_source_or_instruction_set_is_another_file(source: Path) -> None:
     build.load(source)
-    build.load(source, ("-O1",))
+    build.load(source, machine=("-O1",))
     source.write_text(SOURCE.replace("42", "43"))
     assert build.load(source).answer() == 43 and len(compiled()) == 3
 
@@ -77,6 +77,17 @@ def test_a_change_in_an_included_file_is_another_file(source: Path) -> None:
         source.with_name("second.h").write_text(f"#define NUMBER {number}\n")
         assert build.load(source).answer() == number
     assert len(compiled()) == 2
+
+
+def test_a_library_of_several_files_has_what_each_of_them_defines(source: Path) -> None:
+    other = source.with_name("other.cpp")
+    other.write_text('extern "C" int question() { return 6 * 7; }\n')
+    library = build.load(source, other)
+    assert library.answer() == library.question() == 42 and len(compiled()) == 1
+    other.write_text("int question( {\n")
+    with pytest.raises(build.BuildError, match=r"the C\+\+ compiler fails: .*error"):
+        build.load(source, other)
+    assert len(compiled()) == 1, "temporary files are left"
 
 
 def test_every_file_the_kernel_includes_is_shipped() -> None:
