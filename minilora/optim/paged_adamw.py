@@ -25,11 +25,13 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.safetensors_file import Pending, TensorEntry, read_tensor
-from minilora.optim.adamw import BLOCKSIZE_8BIT, AdamW, Moments8bit, adamw_update, adamw_update_8bit
+from minilora.optim import adamw
+from minilora.optim.adamw import BLOCKSIZE_8BIT, AdamW, Moments8bit, Update, adamw_update, adamw_update_8bit, adamw_updates
 from minilora.optim.paged import PAGE_BYTES, Pager, PagerCounters, in_order
 
 SMALLEST_8BIT = 4096                                    # elements of a parameter whose moments are worth rounding
 BLOCK_BYTES = 2 * BLOCKSIZE_8BIT + 2 * 4                # both moments' codes and constants
+PAGES_TOGETHER = 8                                      # whose parameters a GPU updates as one
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What is kept of a parameter: name, type, and how many elements share an entry.
 FIELDS: dict[int, tuple[tuple[str, torch.dtype, int], ...]] = {
@@ -170,27 +172,38 @@ class PagedAdamW(AdamW):
             self._steps[param] = self._steps.get(param, 0) + 1
         flat = {param: (param.detach().reshape(-1), param.grad.reshape(-1)) for param in groups}
         pages = [page for page in sorted(self._on_page) if any(piece.param in groups for piece in self._on_page[page])]
-        for page, ahead in in_order(pages, self._backwards):
+        at_once = min(PAGES_TOGETHER, self.pager.most_frames // 2) if self.pager.device.type in adamw.TOGETHER_ON else 1
+        waiting: list[Update] = []
+        for number, (page, ahead) in enumerate(in_order(pages, self._backwards)):
+            # Trap: a page is put out when it is the least recently used one, and not before: half of them may wait.
+            if number % at_once == 0:
+                adamw_updates(waiting)
+                waiting.clear()
             content = self.pager.use(page, ahead)
             for piece in self._on_page[page]:
                 if piece.param in groups:
                     values, grads = (tensor[piece.start : piece.stop] for tensor in flat[piece.param])
-                    self._update(piece, content, values, grads, groups[piece.param])
+                    waiting += self._update(piece, content, values, grads, groups[piece.param])
+        adamw_updates(waiting)
         for param, (values, _) in flat.items():
             if values.data_ptr() != param.data_ptr():       # it does not lie in memory in one piece: a copy was updated
                 param.copy_(values.view_as(param))
         self._backwards = not self._backwards
 
-    def _update(self, piece: _Piece, content: Tensor, values: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, piece: _Piece, content: Tensor, values: Tensor, grads: Tensor, group: dict[str, Any]) -> list[Update]:
+        """Update a piece, or say what there is to do, where that can wait for others."""
         exact, grad = values.float(), grads.float()         # themselves, where they are float32
         moments = self._regions[self._bits(piece.param)].moments(content, piece)
         rest = (self._steps[piece.param], group["lr"], group["betas"], group["eps"], group["weight_decay"])
         if isinstance(moments, Moments8bit):
             adamw_update_8bit(exact, grad, moments, *rest)
+        elif exact is values:
+            return [Update(exact, grad, *moments, *rest)]
         else:
             adamw_update(exact, grad, *moments, *rest)
         if exact is not values:
             values.copy_(exact)
+        return []
 
     def _moments(self, param: Tensor, write: bool) -> Iterator[tuple[_Piece, Sequence[Tensor]]]:
         """Each piece of a parameter with its moments, valid until the next is asked for."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import ConfigError
+from minilora.optim import adamw
 from minilora.optim.adamw import AdamW
 
 
@@ -40,6 +41,35 @@ def test_bits_equal_torch(lr: float, beta1: float, beta2: float, eps: float, wei
         b.step()
     for x, y in zip(ours, theirs, strict=True):
         assert torch.equal(x, y), f"largest difference {(x - y).abs().max()}"
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_small_tensors_updated_as_one_have_the_bits_of_each_alone(monkeypatch: pytest.MonkeyPatch, weight_decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 40), (3,), (), (7, 1, 5), (300,), (299,), (7, 2)]
+    initial = [torch.randn(shape, generator=generator) for shape in shapes]
+    initial[0] = torch.randn(40, 16, generator=generator).T         # not in one piece
+    initial[3] = initial[3].double()
+    whole, alone = ([torch.nn.Parameter(t.clone()) for t in initial] for _ in range(2))
+    sizes: list[int] = []
+    update = adamw.adamw_update
+    monkeypatch.setattr(adamw, "TOGETHER", 300)
+    optimizers = [AdamW([{"params": params[:5]}, {"params": params[5:], "lr": 0.3}], lr=0.1, weight_decay=weight_decay)
+                  for params in (whole, alone)]
+    for step in range(5):
+        for x, y in zip(whole, alone, strict=True):
+            x.grad = None if step == 1 and x.shape == (3,) else torch.randn(x.shape, generator=generator).to(x.dtype)
+            y.grad = None if x.grad is None else x.grad.clone()
+        for optimizer, devices in zip(optimizers, (("cpu",), ("cuda",)), strict=True):
+            monkeypatch.setattr(adamw, "TOGETHER_ON", devices)
+            monkeypatch.setattr(adamw, "adamw_update", lambda *given: (sizes.append(given[0].numel()), update(*given)))
+            optimizer.step()
+    for x, y in zip(whole, alone, strict=True):
+        assert torch.equal(x, y) and x.stride() == y.stride()
+    for ours, theirs in zip(*(optimizer.state_dict()["state"].values() for optimizer in optimizers), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # Of the first step: (16, 40) and (300,) are large, the second group goes as one, and so do (3,) and ().
+    assert sizes[:5] == [640, 300, 313, 4, 35]
 
 
 def test_state_dict_goes_to_torch_and_back() -> None:

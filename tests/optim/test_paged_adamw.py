@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minilora import CheckpointError, ConfigError, OutputError, PagedAdamW, testing
+from minilora.optim import adamw
 from minilora.optim.adamw import Moments8bit, adamw_update_8bit
 from minilora.optim.paged import SMALLEST_PAGE
 from minilora.optim.paged_adamw import FIELDS
@@ -45,9 +47,10 @@ def assert_same_bits(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> No
 @settings(max_examples=60, deadline=None)
 @given(shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=6), backing=st.sampled_from(["host", "disk"]),
        page_bytes=st.sampled_from([4096, 4104, 6000, 16384, 1 << 20]), frames=st.integers(2, 9), sparse=st.booleans(),
-       cut=st.integers(0, 6), weight_decay=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 1 << 20))
+       cut=st.integers(0, 6), weight_decay=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 1 << 20),
+       together=st.sampled_from([0, 700, 1 << 22]))
 def test_fifty_steps_have_torchs_bits(shapes: list[tuple[int, ...]], backing: Backing, page_bytes: int, frames: int,
-                                      sparse: bool, cut: int, weight_decay: float, seed: int) -> None:
+                                      sparse: bool, cut: int, weight_decay: float, seed: int, together: int) -> None:
     ours, theirs = parameters(shapes, seed), parameters(shapes, seed)
 
     def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -59,7 +62,9 @@ def test_fifty_steps_have_torchs_bits(shapes: list[tuple[int, ...]], backing: Ba
     b = torch.optim.AdamW(groups(theirs), weight_decay=weight_decay, foreach=False, fused=False)
     for step in range(50):
         give_gradients(step, seed, ours, theirs, sparse=sparse)
-        a.step()
+        with (patch.object(adamw, "TOGETHER", together),            # as on a GPU, several pages at once
+              patch.object(adamw, "TOGETHER_ON", ("cpu",) if together else ())):
+            a.step()
         b.step()
         if step == 20:
             a.evict()               # as under memory pressure
