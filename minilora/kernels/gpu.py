@@ -15,10 +15,11 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 from minilora.kernels import reference
 from minilora.kernels.cpu import KINDS, Constants
 
+T = TypeVar("T")
 # Why no fusion: see nf4_triton.py.  In the products it costs an instruction an element, and keeps their weights those of
 # `dequantize`.
 OPTIONS = {"enable_fp_fusion": False}
@@ -84,7 +86,19 @@ def run_length(*sizes: int, longest: int = LONGEST_RUN) -> int:
     return union & -union
 
 
-class Kernel:
+class Launcher:
+    """Launches the functions of a module of Triton's."""
+
+    _programs: ModuleType
+
+    def _launch(self, name: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **sizes: Any) -> None:
+        """Run a kernel on the device of `out`.  Trap: Triton launches on the current one, wherever its arguments lie."""
+        on_device: AbstractContextManager[Any] = torch.cuda.device(out.device) if out.is_cuda else nullcontext()
+        with on_device:
+            getattr(self._programs, name)[grid](out, *arguments, **sizes, **OPTIONS)
+
+
+class Kernel(Launcher):
     """The Triton kernels, for a GPU or for Triton's interpreter.
 
     Args: tensor_cores: whether Triton has them for 16-bit products (`TENSOR_CORES`).
@@ -95,7 +109,7 @@ class Kernel:
 
     def __init__(self, tensor_cores: bool = True) -> None:
         from minilora.kernels import product_triton
-        self._programs: ModuleType = product_triton
+        self._programs = product_triton
         self.shuffled = torch.version.hip is None       # the shuffle is written in the language of NVIDIA's GPUs
         self.fused_rows = FUSED_ROWS if tensor_cores else FUSED_ROWS_WITHOUT
 
@@ -111,7 +125,7 @@ class Kernel:
         Guarantee: the bits of `reference.dequantize_packed` (tests/kernels/test_gpu.py); NaN is NaN, of any payload.
         """
         n = out.numel()
-        weight, sizes = _weight(packed, constants, code, blocksize, n, _checked(out, out.device, *KINDS).device)
+        weight, sizes = _weight(packed, constants, code, blocksize, n, checked(out, out.device, *KINDS).device)
         if n:
             run = run_length(sizes["BLOCKSIZE"])
             self._launch("dequantize", (-(-n // TILE),), out.detach(), n, *weight, **sizes, RUN=run, SHORT=n % run != 0,
@@ -135,8 +149,8 @@ class Kernel:
         """
         rows, in_features = x.shape
         weight, sizes = _weight(packed, constants, code, blocksize, out_features * in_features, x.device)
-        bias = None if bias is None else _checked(bias, x.device, torch.float32, count=out_features)
-        y = torch.empty(rows, out_features, dtype=_checked(x, x.device, *KINDS).dtype, device=x.device)
+        bias = None if bias is None else checked(bias, x.device, torch.float32, count=out_features)
+        y = torch.empty(rows, out_features, dtype=checked(x, x.device, *KINDS).dtype, device=x.device)
         run = run_length(sizes["BLOCKSIZE"], in_features)
         if rows == 1 and _words(packed, run):
             columns = max(run, min(1024, 1 << (in_features - 1).bit_length()))
@@ -161,7 +175,7 @@ class Kernel:
         """``x W``, the way of a gradient: (rows, out) -> (rows, in); the rest as in `product`, with `out` terms to a sum."""
         rows, out_features = x.shape
         weight, sizes = _weight(packed, constants, code, blocksize, out_features * in_features, x.device)
-        y = torch.empty(rows, in_features, dtype=_checked(x, x.device, *KINDS).dtype, device=x.device)
+        y = torch.empty(rows, in_features, dtype=checked(x, x.device, *KINDS).dtype, device=x.device)
         return self._product(x, y, None, out_features, in_features, weight, sizes, transposed=True)
 
     def _product(self, x: Tensor, y: Tensor, bias: Tensor | None, out_features: int, in_features: int,
@@ -190,14 +204,8 @@ class Kernel:
                              y.shape[1], PARTS=parts, BIAS=bias is not None, TILE=ADDED)
         return y
 
-    def _launch(self, name: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **sizes: Any) -> None:
-        """Run a kernel on the device of `out`.  Trap: Triton launches on the current one, wherever its arguments lie."""
-        on_device: AbstractContextManager[Any] = torch.cuda.device(out.device) if out.is_cuda else nullcontext()
-        with on_device:
-            getattr(self._programs, name)[grid](out, *arguments, **sizes, **OPTIONS)
 
-
-def _checked(tensor: Tensor, device: torch.device, *dtypes: torch.dtype, count: int | None = None) -> Tensor:
+def checked(tensor: Tensor, device: torch.device, *dtypes: torch.dtype, count: int | None = None) -> Tensor:
     """The tensor; a kernel believes what it is told, so a wrong type, size or gap between elements stops here."""
     if (tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.device != device
             or (count is not None and tensor.numel() != count)):
@@ -218,17 +226,17 @@ def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, 
     # A block longer than the tensor is as long: 64 bits are not Python's integers, and a power of two keeps runs long.
     blocksize = min(blocksize, 1 << n.bit_length())
     blocks = -(-n // blocksize)
-    _checked(packed, device, torch.uint8, count=(n + 1) // 2)
-    _checked(code, device, torch.float32, count=16)
+    checked(packed, device, torch.uint8, count=(n + 1) // 2)
+    checked(code, device, torch.float32, count=16)
     if constants.absmax is not None:
-        absmax = _checked(constants.absmax, device, torch.float32, count=blocks)
+        absmax = checked(constants.absmax, device, torch.float32, count=blocks)
         return (packed, code, absmax, code, code, 0.0), {"BLOCKSIZE": blocksize, "NESTED": 0}
     if constants.codes is None or constants.dynamic is None or constants.nested is None:
         raise ValueError("block constants are float32, or codes with a map and nested constants: found neither")
     nested_blocksize = min(constants.blocksize, 1 << blocks.bit_length())
-    codes = _checked(constants.codes, device, torch.uint8, count=blocks)
-    dynamic = _checked(constants.dynamic, device, torch.float32, count=256)
-    nested = _checked(constants.nested, device, torch.float32, count=-(-blocks // nested_blocksize))
+    codes = checked(constants.codes, device, torch.uint8, count=blocks)
+    dynamic = checked(constants.dynamic, device, torch.float32, count=256)
+    nested = checked(constants.nested, device, torch.float32, count=-(-blocks // nested_blocksize))
     return (packed, code, codes, dynamic, nested, constants.offset), {"BLOCKSIZE": blocksize, "NESTED": nested_blocksize}
 
 
@@ -237,32 +245,42 @@ _tried: dict[torch.device, Kernel | None] = {}
 
 
 def kernel(device: torch.device) -> Kernel | None:
-    """The kernels for this GPU, tried out at the first call, or None.
+    """The kernels for this GPU, tried out at the first call, or None (`at_first_use`)."""
+    return at_first_use(_tried, device, _proven, "4-bit weights take the slow path in plain torch on the GPU")
 
-    Where there are none a warning says why, once; with ``MINILORA_KERNELS=reference`` none are wanted, and nothing is said.
+
+def at_first_use(tried: dict[torch.device, T | None], device: torch.device, make: Callable[[torch.device], T],
+                 otherwise: str) -> T | None:
+    """What `make` gives for a device, made by the first caller and kept in `tried` for all others; None where it fails.
+
+    Then a warning says why, once, with what happens `otherwise`; with ``MINILORA_KERNELS=reference`` nothing is made, or said.
     """
-    if device not in _tried:
+    if device not in tried:
         with _lock:
-            if device not in _tried:
-                _tried[device] = _make(device)
-    return _tried[device]
+            if device not in tried:
+                tried[device] = _made(tried, device, make, otherwise)
+    return tried[device]
 
 
-def _make(device: torch.device) -> Kernel | None:
+def _made(tried: dict[torch.device, T | None], device: torch.device, make: Callable[[torch.device], T],
+          otherwise: str) -> T | None:
     if os.environ.get("MINILORA_KERNELS") == "reference":
         return None
     try:
-        made = Kernel(tensor_cores=torch.cuda.get_device_capability(device) >= TENSOR_CORES)
-        prove(made, device)
-        return made
+        return make(device)
     except torch.cuda.OutOfMemoryError:
         raise                       # says nothing of the kernels, and the trainer knows what to do
-    except Exception as error:      # whatever Triton, its compilers and the driver raise: the reference needs none of them
-        if None not in _tried.values():
+    except Exception as error:      # whatever Triton, its compilers and the driver raise: torch's operations need none of them
+        if None not in tried.values():
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warnings.warn(f"4-bit weights take the slow path in plain torch on the GPU: {reason:.200}", RuntimeWarning,
-                          stacklevel=4)
+            warnings.warn(f"{otherwise}: {reason:.200}", RuntimeWarning, stacklevel=5)
         return None
+
+
+def _proven(device: torch.device) -> Kernel:
+    made = Kernel(tensor_cores=torch.cuda.get_device_capability(device) >= TENSOR_CORES)
+    prove(made, device)
+    return made
 
 
 def prove(kernel: Kernel, device: torch.device) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels import block
+from minilora.kernels import block, block_gpu
 from minilora.llama.recompute import remembered
 from minilora.llama.trees import Trees
 
@@ -37,6 +37,13 @@ def _wide(x: Tensor) -> Tensor:
 def _fast(*rows: Tensor, stepwise: bool = False) -> block.Kernel | None:
     """The vector code, where it takes such rows: wide ones, or stepwise narrow ones, which it makes to torch's bits."""
     return block.kernel() if block.takes_rows(*rows, stepwise=stepwise) else None
+
+
+def _fast_swiglu(gate: Tensor, up: Tensor, stepwise: bool = False) -> block.Kernel | block_gpu.Kernel | None:
+    """The same for SwiGLU, or on a GPU its kernels, which round once."""
+    if gate.is_cuda:
+        return block_gpu.kernel(gate.device) if not stepwise and block_gpu.takes_rows(gate, up) else None
+    return _fast(gate, up, stepwise=stepwise)
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,7 +100,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.fast = _fast(gate, up)
+        ctx.fast = _fast_swiglu(gate, up)
         return F.silu(gate).mul_(up) if ctx.fast is None else ctx.fast.swiglu(gate, up)
 
     @staticmethod
@@ -113,7 +120,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return _SwiGLU.apply(gate, up)
     if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
         for stepwise in (False, True):
-            if (fast := _fast(gate, up, stepwise=stepwise)) is not None:
+            if (fast := _fast_swiglu(gate, up, stepwise)) is not None:
                 return fast.swiglu(gate, up, stepwise)
     return F.silu(gate) * up
 
@@ -122,6 +129,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     for stepwise in (False, True):
         if block.takes_rotation(x, cos, sin, stepwise) and (fast := block.kernel()) is not None:
             return fast.rotation(x, cos, sin, stepwise)
+    if block_gpu.takes_rotation(x, cos, sin) and (on_gpu := block_gpu.kernel(x.device)) is not None:
+        return on_gpu.rotation(x, cos, sin)
     half = x.shape[-1] // 2
     rotated = x * cos
     if x.is_cuda:           # two passes less, each element rounded twice and not three times

@@ -18,17 +18,16 @@ from typing import Any, BinaryIO
 
 import torch
 
-from minilora.kernels import gpu
+from minilora.kernels import block_gpu, gpu
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = {"swiglu_backward": 2}        # tensors that a kernel writes, where they are more than the first
 
 
-class InterpretedKernel(gpu.Kernel):
-    """`gpu.Kernel` for tensors on the CPU. `launched` counts the launches by name."""
+class Interpreted:
+    """A `gpu.Launcher` for tensors on the CPU. `launched` counts the launches by name."""
 
     def __init__(self) -> None:
-        self.shuffled = False
-        self.fused_rows = {**gpu.FUSED_ROWS, torch.float32: 32}         # which is slow on a GPU, and as right
         self.launched: dict[str, int] = {}
         self._process = subprocess.Popen([sys.executable, "-m", "tests.kernels.interpreter"], cwd=ROOT, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, env={**os.environ, "TRITON_INTERPRET": "1"})
@@ -42,11 +41,25 @@ class InterpretedKernel(gpu.Kernel):
         answer = pickle.load(answers)
         if isinstance(answer, str):
             raise RuntimeError(f"{name} fails in the interpreter: {answer}")
-        out.copy_(answer)
+        for tensor, content in zip((out, *arguments), answer, strict=False):
+            tensor.copy_(content)
 
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
+
+
+class InterpretedKernel(Interpreted, gpu.Kernel):
+    """`gpu.Kernel` for tensors on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shuffled = False
+        self.fused_rows = {**gpu.FUSED_ROWS, torch.float32: 32}         # which is slow on a GPU, and as right
+
+
+class InterpretedBlock(Interpreted, block_gpu.Kernel):
+    """`block_gpu.Kernel` for tensors on the CPU."""
 
 
 def teach_bfloat16() -> None:
@@ -80,7 +93,7 @@ def teach_bfloat16() -> None:
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Launch what is asked for, until there is nothing more."""
-    from minilora.kernels import product_triton
+    from minilora.kernels import block_triton, product_triton
 
     teach_bfloat16()
     while True:
@@ -89,8 +102,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except EOFError:
             return
         try:
-            getattr(product_triton, name)[grid](out, *arguments, **sizes)
-            answer = out
+            function = getattr(block_triton, name) if hasattr(block_triton, name) else getattr(product_triton, name)
+            function[grid](out, *arguments, **sizes)
+            answer = (out, *arguments)[:RESULTS.get(name, 1)]
         except Exception as error:      # the test that asked shows it
             answer = repr(error)
         pickle.dump(answer, answers)
