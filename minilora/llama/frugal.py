@@ -6,7 +6,7 @@ they came and work out the rest again: bytes saved at the price of a few cheap p
 autograd's own formulas, to the bit (tests/llama/test_frugal.py); but where `kernels.block` has vector code for them (bfloat16
 on a CPU with AVX-512, wide rows, heads of 64 and 128) each is made in one pass, in float32, and rounded once.  Without
 gradients that code serves narrow rows and heads of 32 too, to the bits of the formulas, attention of one position a sequence,
-and attention over trees (`trees`).
+and attention over trees (`trees`).  On a GPU large SwiGLUs and rotations are made in one pass too (`kernels.block_gpu`).
 
     norm        x in 16 bits and 1/rms                              instead of x in 32
     SwiGLU      gate and up                                         silu(gate) is worked out again
@@ -39,11 +39,9 @@ def _fast(*rows: Tensor, stepwise: bool = False) -> block.Kernel | None:
     return block.kernel() if block.takes_rows(*rows, stepwise=stepwise) else None
 
 
-def _fast_swiglu(gate: Tensor, up: Tensor, stepwise: bool = False) -> block.Kernel | block_gpu.Kernel | None:
-    """The same for SwiGLU, or on a GPU its kernels, which round once."""
-    if gate.is_cuda:
-        return block_gpu.kernel(gate.device) if not stepwise and block_gpu.takes_rows(gate, up) else None
-    return _fast(gate, up, stepwise=stepwise)
+def _fast_swiglu(gate: Tensor, up: Tensor) -> block.Kernel | block_gpu.Kernel | None:
+    """The code that makes SwiGLU in one pass, on the CPU or a GPU, where it takes such rows."""
+    return block_gpu.kernel(gate.device) if block_gpu.takes_rows(gate, up) else _fast(gate, up)
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -119,9 +117,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.requires_grad and up.requires_grad:
         return _SwiGLU.apply(gate, up)
     if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
-        for stepwise in (False, True):
-            if (fast := _fast_swiglu(gate, up, stepwise)) is not None:
-                return fast.swiglu(gate, up, stepwise)
+        if (fast := _fast_swiglu(gate, up)) is not None:
+            return fast.swiglu(gate, up)
+        if (narrow := _fast(gate, up, stepwise=True)) is not None:
+            return narrow.swiglu(gate, up, True)
     return F.silu(gate) * up
 
 

@@ -30,7 +30,7 @@ from minilora.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from minilora.quant.codebooks import DYNAMIC_8BIT, DYNAMIC_8BIT_UNSIGNED
 
 BLOCKSIZE_8BIT = 256        # elements that share a constant
-TOGETHER, TOGETHER_ON = 1 << 22, ("cuda",)      # elements of small tensors that are updated as one, and where
+TOGETHER, TOGETHER_ON = 1 << 21, ("cuda",)      # elements of small tensors that are updated as one, and where
 
 
 def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float,

@@ -13,14 +13,17 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import pytest
 import torch
 
 from minilora.kernels import block_gpu, gpu
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TRITON = "Triton is not installed: it comes with torch's CUDA builds on Linux, and with the extra [peers]"
 RESULTS = {"swiglu_backward": 2}        # tensors that a kernel writes, where they are more than the first
 
 
@@ -60,6 +63,17 @@ class InterpretedKernel(Interpreted, gpu.Kernel):
 
 class InterpretedBlock(Interpreted, block_gpu.Kernel):
     """`block_gpu.Kernel` for tensors on the CPU."""
+
+
+Kind = TypeVar("Kind", InterpretedKernel, InterpretedBlock)
+
+
+def running(kind: type[Kind]) -> Iterator[Kind]:
+    """What a fixture yields."""
+    pytest.importorskip("triton", reason=WITHOUT_TRITON)
+    kernel = kind()
+    yield kernel
+    kernel.close()
 
 
 def teach_bfloat16() -> None:

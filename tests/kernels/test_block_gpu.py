@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from minilora import kernels
 from minilora.kernels import block_gpu, gpu
 from minilora.llama import frugal
-from tests.kernels.interpreter import InterpretedBlock
+from tests.kernels.interpreter import WITHOUT_TRITON, InterpretedBlock, running
 from tests.kernels.test_equal_bits import FLOATS
-from tests.kernels.test_gpu import HALF_A_STEP, WITHOUT_TRITON
+from tests.kernels.test_gpu import HALF_A_STEP
 
 CPU = torch.device("cpu")
 EACH_FLOAT = pytest.mark.parametrize("dtype", FLOATS)
@@ -25,16 +25,13 @@ EACH_FLOAT = pytest.mark.parametrize("dtype", FLOATS)
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[InterpretedBlock]:
-    pytest.importorskip("triton", reason=WITHOUT_TRITON)
-    kernel = InterpretedBlock()
-    yield kernel
-    kernel.close()
+    yield from running(InterpretedBlock)
 
 
 @pytest.fixture
 def in_place_of_torchs(interpreted: InterpretedBlock, monkeypatch: pytest.MonkeyPatch) -> InterpretedBlock:
     """The model takes these kernels for tensors on the CPU, of any size."""
-    monkeypatch.setattr(frugal, "_fast_swiglu", lambda gate, up, stepwise=False: interpreted)
+    monkeypatch.setattr(frugal, "_fast_swiglu", lambda gate, up: interpreted)
     monkeypatch.setattr(frugal.block, "takes_rotation", lambda *_: False)
     monkeypatch.setattr(block_gpu, "takes_rotation", lambda *_: True)
     monkeypatch.setattr(block_gpu, "kernel", lambda device: interpreted)

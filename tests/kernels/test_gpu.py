@@ -23,7 +23,7 @@ from minilora.layers import nf4_linear
 from minilora.quant import nf4
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
 from minilora.quant.nf4 import NF4Tensor
-from tests.kernels.interpreter import InterpretedKernel
+from tests.kernels.interpreter import WITHOUT_TRITON, InterpretedKernel, running
 from tests.kernels.test_equal_bits import FLOATS, anything, by_reference, generator, same_bits
 from tests.models import write_model
 
@@ -33,16 +33,12 @@ SHAPES = [(1, 64), (5, 128), (40, 96), (33, 1500), (9, 33), (6, 1), (64, 640), (
 ROWS = (1, 2, 16, 17, 33, 65, 129)
 HALF_A_STEP = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8, torch.float16: 2.0 ** -11}
 FORWARD_AND_BACK = pytest.mark.parametrize("transposed", [False, True])
-WITHOUT_TRITON = "Triton is not installed: it comes with torch's CUDA builds on Linux, and with the extra [peers]"
 EACH_FLOAT = pytest.mark.parametrize("dtype", FLOATS)
 
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[InterpretedKernel]:
-    pytest.importorskip("triton", reason=WITHOUT_TRITON)
-    kernel = InterpretedKernel()
-    yield kernel
-    kernel.close()
+    yield from running(InterpretedKernel)
 
 
 @pytest.fixture

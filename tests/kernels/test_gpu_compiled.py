@@ -20,10 +20,10 @@ from minilora.kernels.cpu import Constants
 from minilora.layers import nf4_linear
 from minilora.quant import nf4
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
+from tests.kernels.interpreter import WITHOUT_TRITON
 from tests.kernels.test_equal_bits import FLOATS, same_bits
 from tests.kernels.test_gpu import (
     FORWARD_AND_BACK,
-    WITHOUT_TRITON,
     error_in_units_of_the_bound,
     multiplied,
     normal,
