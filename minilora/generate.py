@@ -26,6 +26,7 @@ from torch import nn
 from minilora.data.prompts import check_ids
 from minilora.errors import ConfigError, DataError
 from minilora.llama.cache import KVCache
+from minilora.llama.decoding import token_step
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
 
@@ -151,6 +152,7 @@ def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], ends: froze
     cache = cache_for(model, prompts[0][:shared], batch, longest + max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * batch
+    cache.step = token_step(model, cache)
     for _ in range(max_new_tokens):
         seen = None if mask is None else mask[:, : cache.length + input_ids.shape[1]]
         logits = model(input_ids, seen, cache=cache, last_only=True)[:, -1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.kernels.block_calls import Attention, Norm, Query, Rotation, SwiGLU, Trees, address, empty, view
+from minilora.kernels.block_calls import Attention, Layer, Norm, Query, Rotation, SwiGLU, Token, Trees, address, empty, view
 from minilora.kernels.build import NATIVE, at_first_call, load
 
 SOURCES = Path(__file__).with_name("block_cpu.cpp"), Path(__file__).with_name("block_attention.cpp")
@@ -70,6 +70,8 @@ class Kernel:
             self._rotation.argtypes, self._rotation.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._swiglu.argtypes, self._swiglu.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
             self._norm.argtypes, self._norm.restype = [ctypes.c_void_p, ctypes.c_int], None
+            self._token = library.block_token
+            self._token.argtypes, self._token.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], None
             self._trees, self._query = library.block_trees, library.block_query
             for function in (self._trees, self._query):
                 function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int], None
@@ -161,6 +163,10 @@ class Kernel:
                       head_dim ** -0.5)
         self._trees(ctypes.byref(call), torch.get_num_threads())
         return o
+
+    def token(self, token: Token, layers: ctypes.Array[Layer]) -> None:
+        """One token a sequence through all blocks; see `block_token.TokenStep`, which makes both."""
+        self._token(ctypes.byref(token), ctypes.byref(layers), torch.get_num_threads())
 
     def rotation(self, x: Tensor, cos: Tensor, sin: Tensor, stepwise: bool = False) -> Tensor:
         """Each pair (i, i + d/2) of x rotated, rounded once; stepwise, each product and each sum, as torch's operations are.

@@ -58,6 +58,31 @@ class Trees(ctypes.Structure):
                 ("scale", ctypes.c_float))
 
 
+class Linear(ctypes.Structure):
+    """`struct Linear` of block_token.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("out", "in_", "r")),
+                *((name, ctypes.c_void_p) for name in ("bias", "a", "b")), ("scaling", ctypes.c_float))
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer` of block_token.h."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("input_norm", "post_attention_norm")),
+                *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+                *((name, ctypes.c_void_p) for name in ("keys", "values", "mask")), ("mask_row", ctypes.c_int64))
+
+
+class Token(ctypes.Structure):
+    """`struct Token` of block_token.h."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "cos", "sin")),
+                *((name, ctypes.c_int64) for name in ("batch", "hidden", "inner", "heads", "kv_heads", "head_dim", "past",
+                                                      "room", "same", "layers", "widest", "rank")),
+                *((name, ctypes.c_float) for name in ("eps", "scale")),
+                *((name, ctypes.c_void_p) for name in ("product", "dense_product")))
+
+
 def address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
     """Where the elements of a contiguous tensor lie; C code believes what it is told, so what it can't read stops here."""
     if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or x.device.type != "cpu":

@@ -15,6 +15,7 @@ extern "C" int block_machine() { return 0; }
 #else
 
 #include "block_query.h"
+#include "block_token.h"
 #include "block_trees.h"
 
 extern "C" {
@@ -46,6 +47,15 @@ void block_rotation(const Rotation* a, int64_t batch, int threads) {
     deal(threads, (rows + 15) / 16, [&](int64_t task) {
         for (int64_t row = task * 16; row < smaller(rows, (task + 1) * 16); ++row) rotate(*a, row);
     });
+}
+
+// x, a token of each sequence, through all blocks, in place; their keys and values go into the cache.
+void block_token(const Token* t, const Layer* layers, int threads) {
+    const Room room(*t);
+    for (int64_t i = 0; i < t->layers; ++i) {
+        attention_half(*t, room, layers[i], threads);
+        mlp_half(*t, room, layers[i], threads);
+    }
 }
 
 // For the test of its error.

@@ -5,6 +5,8 @@
 // hold is added up as a tree that ends in one register, a key a place (`sums`).  The weights stay float32: each is met by its
 // value, widened, so that four heads share a load.
 
+#pragma once
+
 #include "block_rows.h"
 
 namespace {

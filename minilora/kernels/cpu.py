@@ -39,7 +39,7 @@ class Constants:
     nested: Tensor | None = None
     offset: float = 0.0
     blocksize: int = 256
-    made: list[tuple[tuple[int, ...], _Packed]] = field(default_factory=list, repr=False, compare=False)    # `_weight`'s
+    made: list[tuple[tuple[int, ...], _Packed]] = field(default_factory=list, repr=False, compare=False)    # `Kernel.weight`'s
 
 
 class _Packed(ctypes.Structure):
@@ -82,6 +82,9 @@ class Kernel:
         self._dense = library.dense_product
         self._dense.argtypes = [pointer, number, number, pointer, number, pointer, integer]
         self._dense.restype = None
+        # `nf4_product` and `dense_product`, for code of another library that calls them.
+        self.product_address = ctypes.cast(self._product, pointer).value
+        self.dense_address = ctypes.cast(self._dense, pointer).value
         self.dense_rows: int = library.dense_rows()             # that `dense_product` takes at most; 0: none
         library.nf4_machine.restype = ctypes.c_char_p
         self.machine: str = library.nf4_machine().decode()      # "AVX-512", "AVX2", "NEON", "plain C++"
@@ -97,7 +100,7 @@ class Kernel:
         Returns: out.
         Guarantee: the bits of `reference.dequantize_packed` (tests/kernels/test_equal_bits.py); NaN is NaN, of any payload.
         """
-        weight = self._weight(packed, constants, code, blocksize, out.numel())
+        weight = self.weight(packed, constants, code, blocksize, out.numel())
         self._unpack(ctypes.byref(weight), KINDS[out.dtype], _address(out, out.dtype), torch.get_num_threads())
         return out
 
@@ -118,7 +121,7 @@ class Kernel:
         if bias is not None and bias.numel() != out_features:
             raise ValueError(f"{bias.numel()} biases for {out_features} outputs")
         y = torch.empty(rows, out_features, dtype=x.dtype)
-        weight = self._weight(packed, constants, code, blocksize, out_features * in_features)
+        weight = self.weight(packed, constants, code, blocksize, out_features * in_features)
         self._product(ctypes.byref(weight), out_features, in_features, _address(x, x.dtype), rows, KINDS[x.dtype],
                       _address(bias, torch.float32), y.data_ptr(), torch.get_num_threads())
         return y
@@ -174,7 +177,8 @@ class Kernel:
         return (codes, absmax) if finite else None
 
     @staticmethod
-    def _weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int) -> _Packed:
+    def weight(packed: Tensor, constants: Constants, code: Tensor, blocksize: int, n: int) -> _Packed:
+        """`struct Packed` of nf4_blocks.h; the tensors must outlive its use."""
         # Checked and made once for a weight that stays where it is: a token in decoding asks for hundreds.
         lying = (n, blocksize, packed.numel(), *(0 if tensor is None else tensor.data_ptr() for tensor in (
             packed, code, constants.absmax, constants.codes, constants.dynamic, constants.nested)))

@@ -15,11 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.layers.few_rows import few_rows_product
+
 
 def plain_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling · (x Aᵀ) Bᵀ: x (..., in), A (r, in), B (out, r) -> (..., out), in x's type."""
     # Scaled while it is narrow: (..., r) is read and written in a moment, (..., out) in forward and backward is not.
     return F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
+
+
+def _few_rows(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
+    """The update by `few_rows_product`, or None where that makes none; rounded where `LowRankUpdate` rounds."""
+    low = few_rows_product(x, a.to(x.dtype))
+    return None if low is None else few_rows_product(low.mul_(scaling), b.to(x.dtype))
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -33,6 +41,8 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
         """x: (..., in), A: (r, in), B: (out, r) -> x, or None where it needs no gradient, and (..., out)."""
+        if not any(ctx.needs_input_grad) and (found := _few_rows(x, a, b, scaling)) is not None:
+            return None, found
         low = F.linear(x, a.to(x.dtype)).mul_(scaling)                                     # (..., r)
         ctx.save_for_backward(x, low, a, b)
         ctx.scaling = scaling

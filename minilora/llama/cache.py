@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError
+from minilora.kernels.block_token import TokenStep
 from minilora.llama.config import LlamaConfig
 
 
@@ -17,6 +18,9 @@ class KVCache:
 
     Args:
         batch: sequences. max_length: tokens it can hold, padding included. dtype, device: those of the model.
+
+    Attributes: length: tokens it holds. step: what takes a single token through all blocks at once (`decoding.token_step`), set
+        by a caller for whom the model stays as it is; None: block after block.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype,
@@ -25,18 +29,26 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length, self.max_length = 0, max_length
+        self.step: TokenStep | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's (B, Hkv, T, d) behind what is there; returns all of it, (B, Hkv, S, d).
 
         Raises: ConfigError: the cache is full.
         """
-        stop = self.length + k.shape[2]
-        if stop > self.max_length:
-            raise ConfigError(f"the key/value cache holds {self.max_length} tokens, {stop} are needed")
+        stop = self.stop_behind(k.shape[2])
         self.keys[layer, :, :, self.length : stop] = k
         self.values[layer, :, :, self.length : stop] = v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def stop_behind(self, tokens: int) -> int:
+        """Where so many tokens more end.
+
+        Raises: ConfigError: the cache is full.
+        """
+        if self.length + tokens > self.max_length:
+            raise ConfigError(f"the key/value cache holds {self.max_length} tokens, {self.length + tokens} are needed")
+        return self.length + tokens
 
     def start_with(self, shared: KVCache) -> None:
         """Begin every sequence with the tokens of a cache of one."""

@@ -220,10 +220,15 @@ class LlamaForCausalLM(nn.Module):
         masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
         x = self.model.embed_tokens(input_ids)                                             # (B, T, hidden)
         cos, sin = rotation(position_ids, inverse_frequencies(self.config, x.device), x.dtype)
-        checkpointing = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
-        for index, (layer, mask) in enumerate(zip(self.model.layers, masks, strict=True)):
-            wanted = at if index == len(masks) - 1 else None
-            x = layer(x, cos, sin, mask, cache, wanted, checkpointing, self.activation_offloading)
+        if (cache is not None and cache.step is not None and length == 1 and not isinstance(attention_mask, Trees)
+                and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)):
+            cache.stop_behind(length)
+            x = cache.step(x, cos, sin, [mask for mask in masks if not isinstance(mask, Trees)], past)
+        else:
+            checkpointing = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
+            for index, (layer, mask) in enumerate(zip(self.model.layers, masks, strict=True)):
+                wanted = at if index == len(masks) - 1 else None
+                x = layer(x, cos, sin, mask, cache, wanted, checkpointing, self.activation_offloading)
         if cache is not None:
             cache.advance(length)
         return self.model.norm(x)
