@@ -78,14 +78,14 @@ def prefill(task: Task) -> Callable[[], object]:
 
 
 def decode(task: Task) -> Callable[[], object]:
-    """Seconds of writing tokens after prompts that were read: those of reading and writing, less those of writing one."""
+    """Seconds of writing tokens after prompts that were read."""
     model = load_model(task.model, quantize=True, device=task.device).eval()
     ids = ours.token_ids(task, model.config.vocab_size).to(task.device)
 
     def write(new: int) -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                        pad_token_id=0)
-    return ours.written(write, task.new_tokens)
+    return ours.written(model, write, task.new_tokens)
 
 
 def score(task: Task) -> Callable[[], object]:

@@ -111,14 +111,22 @@ def test_peers_need_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_decoding_is_timed_without_its_prompt() -> None:
-    written: list[int] = []
+    model, written = torch.nn.Identity(), []
 
     def write(new: int) -> None:
         written.append(new)
-        time.sleep(0.02 + 0.01 * new)
+        time.sleep(0.1)
+        for _ in range(new - 1):
+            model(0)
+            time.sleep(0.01)
+        model(0)
+        time.sleep(0.1)
 
-    seconds = ours.written(write, 5)()
-    assert written == [6, 1] and 0.04 < seconds < 0.09
+    for _ in range(2):
+        assert 0.04 < ours.written(model, write, 5)() < 0.09
+    assert written == [6, 6] and not model._forward_hooks
+    with pytest.raises(MiniloraError, match="6 tokens took 5 calls"):
+        ours.written(model, lambda new: write(new - 1), 5)()
 
 
 def taking(peak: int, paged: int = 0, losses: tuple[float, ...] = (1.0, 0.5)) -> Measured:

@@ -17,6 +17,7 @@ from minilora.bench.sides import Task, serve
 from minilora.data.batches import Batch
 from minilora.data.prompts import IGNORED, load_template
 from minilora.data.radiology.dataset import generate as generate_notes
+from minilora.errors import MiniloraError
 from minilora.generate import evaluation_mode, generate_ids
 from minilora.layers.lora import LoRAConfig
 from minilora.layers.nf4_linear import NF4Linear
@@ -110,21 +111,25 @@ class _NeverEnds(Tokenizer):
 
 
 def decode(task: Task) -> Callable[[], object]:
-    """Seconds of writing tokens after prompts that were read: those of reading and writing, less those of writing one."""
+    """Seconds of writing tokens after prompts that were read."""
     model = load_checkpoint(Path(task.model), dtype=task.torch_dtype, device=task.device)
     model.config.raw.pop("eos_token_id", None)
     prompts = token_ids(task, model.config.vocab_size).tolist()
-    return written(lambda new: generate_ids(model, _NeverEnds(), prompts, new, task.batch), task.new_tokens)
+    return written(model, lambda new: generate_ids(model, _NeverEnds(), prompts, new, task.batch), task.new_tokens)
 
 
-def written(write: Callable[[int], object], new_tokens: int) -> Callable[[], float]:
-    """Seconds of `new_tokens` tokens behind the first."""
-    def seconds(new: int) -> float:
-        started = time.perf_counter()
-        write(new)
-        return time.perf_counter() - started
+def written(model: nn.Module, write: Callable[[int], object], new_tokens: int) -> Callable[[], float]:
+    """Seconds of `new_tokens` tokens behind the first, from the end of one call of the model to the end of the last."""
+    def seconds() -> float:
+        ends: list[float] = []
+        hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+        write(new_tokens + 1)
+        hook.remove()
+        if len(ends) != new_tokens + 1:
+            raise MiniloraError(f"{new_tokens + 1} tokens took {len(ends)} calls of the model, not one each")
+        return ends[-1] - ends[0]
 
-    return lambda: seconds(new_tokens + 1) - seconds(1)
+    return seconds
 
 
 def score(task: Task) -> Callable[[], object]:
