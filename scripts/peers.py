@@ -40,19 +40,23 @@ def load(task: Task) -> Callable[[], object]:
     return call
 
 
-def step(task: Task) -> Callable[[], object]:
-    """One optimizer step of QLoRA, adapters on all seven linears of each block."""
+def adapted(model: Any, task: Task) -> Any:
+    """With adapters on all seven linears of each block."""
     import peft
 
+    return peft.get_peft_model(model, peft.LoraConfig(r=task.r, lora_alpha=2 * task.r, target_modules="all-linear",
+                                                      task_type="CAUSAL_LM"))
+
+
+def step(task: Task) -> Callable[[], object]:
+    """One optimizer step of QLoRA, adapters on all seven linears of each block."""
     model = load_model(task.model, quantize=True, device=task.device)
     # What prepare_model_for_kbit_training does beside this is to make every other weight float32, which takes memory and time.
     if task.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.config.use_cache = False
-    model = peft.get_peft_model(model, peft.LoraConfig(r=task.r, lora_alpha=2 * task.r, target_modules="all-linear",
-                                                       task_type="CAUSAL_LM"))
-    model.train()
+    model = adapted(model, task).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=ours.RATE)
     ids = ours.token_ids(task, model.config.vocab_size).to(task.device)
@@ -79,7 +83,8 @@ def prefill(task: Task) -> Callable[[], object]:
 
 def decode(task: Task) -> Callable[[], object]:
     """Seconds of writing tokens after prompts that were read."""
-    model = load_model(task.model, quantize=True, device=task.device).eval()
+    model = load_model(task.model, quantize=True, device=task.device)
+    model = (adapted(model, task).get_base_model() if task.adapted else model).eval()
     ids = ours.token_ids(task, model.config.vocab_size).to(task.device)
 
     def write(new: int) -> None:

@@ -63,11 +63,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TASKS = [Task("load"), Task("step", batch=2, length=12, label_tokens=4), Task("step", batch=1, length=9, r=3,
          gradient_checkpointing=True), Task("prefill", batch=3, length=7), Task("decode", batch=2, length=7, new_tokens=3),
+         Task("decode", length=7, new_tokens=2, adapted=True),
          Task("unpack", shape=(64, 96)), Task("product", rows=3, shape=(64, 128), layers=2),
          Task("product", grad=False, shape=(64, 128)), Task("score", batch=2)]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.work}{task.r}{task.grad}")
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.work}{task.r}{task.grad}{task.adapted}")
 def test_our_side_does_every_kind_of_work(task: Task, checkpoint: Path) -> None:
     call = ours.WORKS[task.work](replace(task, model=str(checkpoint)))
     call()
@@ -184,7 +185,7 @@ def test_loading_must_fit_beside_the_model_and_decoding_must_not_be_slow_at_firs
         assert (row.ok, row.limit) == (ok, max(reading, quantizing))
     for first, expected in ((1.05, True), (1.3, False)):
         both(monkeypatch, models, 1.0, 2.5, (1, 1), first)
-        assert [row.ok for row in models.decoding(Settings(peers=True))] == [expected] * 2
+        assert [row.ok for row in models.decoding(Settings(peers=True))] == [expected] * 3
     assert models.read_a_token(models.shape_of("1.1b")) == pytest.approx(0.631e9, rel=0.01), "4 bits of 0.97e9, and the head"
 
 

@@ -119,13 +119,14 @@ def prefill(settings: Settings) -> Iterator[Row]:
 
 
 def decoding(settings: Settings) -> Iterator[Row]:
-    """32 tokens behind prompts of 128, greedily. The limit: all weights read once a token."""
+    """32 tokens behind prompts of 128, greedily, bare and with an adapter. The limit: all weights read once a token."""
     config = shape_of("1.1b")
-    for batch, least, rounds in ((1, 1.2, 5), (16, 2.0, 3)):
-        task = Task("decode", str(checkpoint_of(shape_of("1.1b"), settings.folder)), batch, 128, NEW_TOKENS)
+    for name, batch, adapted, least, rounds in (("decode_1b_b1", 1, False, 1.2, 5), ("decode_1b_b16", 16, False, 2.0, 3),
+                                                ("decode_1b_b1_adapter", 1, True, 1.2, 5)):
+        task = Task("decode", str(checkpoint_of(shape_of("1.1b"), settings.folder)), batch, 128, NEW_TOKENS, adapted=adapted)
         limit = NEW_TOKENS * read_a_token(config) / bytes_per_second("read")
-        row, ours = row_of(f"decode_1b_b{batch}", task, settings, rounds, least, "transformers + bitsandbytes", limit,
-                           "reading")
+        against = f"{'peft' if adapted else 'transformers'} + bitsandbytes"
+        row, ours = row_of(name, task, settings, rounds, least, against, limit, "reading")
         first = Target("of the second call's speed at the first", ours.median / ours.first, 0.9)
         yield Row(**{**vars(row), "targets": (*row.targets, first)})
 

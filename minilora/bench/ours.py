@@ -113,6 +113,8 @@ class _NeverEnds(Tokenizer):
 def decode(task: Task) -> Callable[[], object]:
     """Seconds of writing tokens after prompts that were read."""
     model = load_checkpoint(Path(task.model), dtype=task.torch_dtype, device=task.device)
+    if task.adapted:
+        add_lora(model, LoRAConfig(task.r, 2 * task.r), torch.Generator().manual_seed(0))
     model.config.raw.pop("eos_token_id", None)
     prompts = token_ids(task, model.config.vocab_size).tolist()
     return written(model, lambda new: generate_ids(model, _NeverEnds(), prompts, new, task.batch), task.new_tokens)

@@ -46,7 +46,8 @@ class Task:
     Attributes:
         model: folder of a 16-bit checkpoint, where the work needs one.
         batch, length: sequences, and tokens of each. new_tokens: to write, for decode.
-        label_tokens: of a sequence, those that carry loss. r: rank of the adapters.
+        label_tokens: of a sequence, those that carry loss.
+        adapted: whether decode has an adapter on all linears, as a step has. r: rank of the adapters.
         rows, shape: of x and of the weight (out, in), for product and unpack. dtype: of the result.
         grad: whether gradients are wanted. layers: that many weights are taken in turn (more than the caches hold).
         calls: of which a turn's seconds are the median.
@@ -59,6 +60,7 @@ class Task:
     length: int = 128
     new_tokens: int = 32
     label_tokens: int = 16
+    adapted: bool = False
     r: int = 16
     gradient_checkpointing: bool = False
     rows: int = 1

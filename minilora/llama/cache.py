@@ -5,12 +5,15 @@ attention shows its worth here: bytes = 2 · layers · B · Hkv · length · hea
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError
-from minilora.kernels.block_token import TokenStep
 from minilora.llama.config import LlamaConfig
+
+Step = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor | None], int], Tensor]     # x, cos, sin, masks, tokens before -> x
 
 
 class KVCache:
@@ -29,7 +32,7 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length, self.max_length = 0, max_length
-        self.step: TokenStep | None = None
+        self.step: Step | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's (B, Hkv, T, d) behind what is there; returns all of it, (B, Hkv, S, d).

@@ -1,9 +1,7 @@
 """Decoding's fast path: one token a sequence through all blocks by one call of vector code, where there is some for the model.
 
 The model stays as `model` has it, module by module, and that is what runs where anything is out of the ordinary; the bits are
-the same (but for a low-rank update, whose narrow products are sums in another order; tests/llama/test_decoding.py).
-
-Lesson 17 explains it.
+the same (tests/llama/test_decoding.py).
 """
 from __future__ import annotations
 
