@@ -18,6 +18,7 @@ from minilora import NF4_CODE, quantize_nf4
 from minilora.course.pictures import BLUE, GREY, RED, picture
 from minilora.kernels import cpu
 from minilora.layers.scratch import borrow, held_bytes
+from minilora.llama.model import RMSNorm
 
 OUT, IN = 2048, 4096
 generator = torch.Generator().manual_seed(0)
@@ -250,6 +251,30 @@ assert torch.equal(q.dequantize(out=out).view(-1), plain), "whatever the speed, 
 # Compare the last two: one kernel, the same bytes, and most of the time was the system handing out pages. And the first two
 # take longer than their bytes explain, because their passes write into fresh memory as well.
 #
+# ## Asking takes time, too
+#
+# When a token is generated, the products read 4 bits a weight, and all else is tiny: a norm of one row, a rotation, a sum. But
+# each operation is asked for by Python, which looks up a module, checks types, makes a tensor for the result.
+#
+# **Predict.** A block has seven linears, two norms, two rotations, two writes into the cache, one attention, one SwiGLU and two
+# sums. How many operations is a token in a model of 22 blocks? And what does one cost that has nothing to do?
+
+# %%
+operations = 22 * (7 + 2 + 2 + 2 + 1 + 1 + 2)
+nothing, one_token = RMSNorm(64, eps=1e-5), torch.randn(1, 64, generator=generator)
+with torch.no_grad():
+    asked = seconds(lambda: nothing(one_token))
+print(f"{operations} operations; the norm of 64 numbers takes {asked * 1e6:.0f} µs, nearly all of it asking")
+print(f"so a token waits some {operations * asked * 1e3:.0f} ms to be asked for")
+assert operations == 374
+
+# %% [markdown]
+# A model of 1.1 billion weights is read in some 20 ms. So half as much again would go to asking, and that does not shrink with
+# the bits. (A prompt asks as often, but once for all its tokens.) Hence `generate` asks *once a token*: what the layers are
+# made of is written down when decoding begins, and one call of C++ goes through all blocks. It calls the same functions in
+# the same order, and has the same bits; and where a block is not as usual (a hook, DoRA, a GPU), Python goes through it as
+# ever.
+#
 # ## The same on a GPU
 #
 # There are no registers of 512 bits on a GPU. There are *warps*: 32 threads that do the same at the same time, each with
@@ -307,6 +332,7 @@ with picture("17_fast", columns=2, width=9, height=2.8, width_ratios=(1, 2)) as 
 # four forms for four kinds of processor; `minilora/kernels/nf4_product.cpp` the loops over them;
 # `minilora/kernels/nf4_one_row.h` the one that a token meets, where a block's sum is scaled and not its weights;
 # `minilora/layers/scratch.py` the buffer;
+# `minilora/llama/decoding.py` and `minilora/kernels/block_token.h` the one call a token;
 # `minilora/kernels/nf4_triton.py` the same for GPUs, and `minilora/kernels/product_triton.py` their products, one of which
 # hands a weight from its codes to the tensor cores within one thread. `tests/kernels/test_equal_bits.py` and
 # `tests/kernels/test_gpu.py` hold them against the reference, bit for bit. `minilora bench --only unpacking` measures on

@@ -55,6 +55,7 @@ STEP = """    exp_avg.lerp_(grad, 1 - beta1)
 """
 QUANT_TESTS = "tests/quant tests/test_testing.py"
 LLAMA_TESTS = "tests/llama/test_model.py tests/peers/test_transformers_logits.py"
+DECODING_TESTS = "tests/llama/test_decoding.py"
 LORA_TESTS = "tests/layers tests/test_testing.py"
 TRAIN_TESTS = "tests/test_train.py tests/test_testing.py"
 
@@ -119,6 +120,14 @@ MUTATIONS = (
              "if (largest(wrong & 1)) return false;", "", "tests/kernels/test_product.py"),
     Mutation("vector code: a key's first row is left out", BLOCK, "const int from = i == j ? c0 : 0;",
              "const int from = i == j ? c0 + 1 : 0;", BLOCK_TESTS),
+    Mutation("decoding: a token does not see itself", "kernels/block_token.h", "                        t.past + 1, d,",
+             "                        t.past, d,", DECODING_TESTS),
+    Mutation("decoding: an update without alpha / r", "kernels/block_token.h", "widen(low + i) * all(l.scaling)",
+             "widen(low + i)", DECODING_TESTS),
+    Mutation("decoding: biases forgotten beside an update", "kernels/block_token.h", "l.bias && i <", "false && i <",
+             DECODING_TESTS),
+    Mutation("decoding: an adapter that is switched off", "llama/decoding.py", "        if layer.active:\n",
+             "        if layer is not None:\n", DECODING_TESTS),
     Mutation("update's gradient without alpha / r", "layers/low_rank.py", ".mul_(ctx.scaling)  ", "  ", "tests/layers"),
     Mutation("update's share of the gradient forgotten", "layers/low_rank.py",
              "                grad_x.view(-1, x.shape[-1]).addmm_(grad_low, share).view_as(x)", "                grad_x",

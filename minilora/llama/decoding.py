@@ -2,6 +2,8 @@
 
 The model stays as `model` has it, module by module, and that is what runs where anything is out of the ordinary; the bits are
 the same (tests/llama/test_decoding.py).
+
+Lesson 17 explains it.
 """
 from __future__ import annotations
 

@@ -24,6 +24,11 @@ from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.decoding import token_step
 from minilora.llama.model import LlamaForCausalLM
+from tests.kernels.conftest import make as make_products
+from tests.kernels.test_block import make as make_block
+from tests.kernels.test_block import threads
+
+__all__ = ["threads"]       # a fixture
 
 # The narrowest that the vector code takes: all linears of half a million weights, one key/value head for two heads.
 WIDE: dict[str, Any] = {"model_type": "llama", "vocab_size": 61, "hidden_size": 1024, "intermediate_size": 768,
@@ -34,11 +39,16 @@ WINDOWED = {"model_type": "mistral", "sliding_window": 5}
 ROOM = 24
 
 
-@pytest.fixture(autouse=True)
-def vector_code() -> None:
-    kernel, products = block.kernel(), cpu.kernel()
-    if kernel is None or products is None or not products.dense_rows:
-        pytest.skip("no vector code for decoding here")
+@pytest.fixture(scope="module", autouse=True)
+def native() -> Iterator[None]:
+    """The vector code of this machine, whatever the environment says."""
+    kernel, products = make_block("native"), make_products("native")
+    if not products.dense_rows:
+        pytest.skip("no vector code for the products of an update here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "_tried", [kernel])
+        patch.setattr(cpu, "_tried", [products])
+        yield
 
 
 def make(adapter: LoRAConfig | None = None, quantize: bool = True, dtype: torch.dtype = torch.bfloat16,
@@ -131,13 +141,6 @@ def test_a_sequence_has_the_bits_it_has_among_others_whatever_the_threads(plain:
     for count in (1, 2, 5):
         threads(count)
         assert torch.equal(stepped(plain, 2, 4, 4, None, True)[0], together)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # Adapters
