@@ -90,7 +90,7 @@ def soak(model: str, minutes: float, steps: int, longest: float, seed: int, fold
     while time.perf_counter() < over or not number:
         number += 1
         out = folder / f"run{number}"
-        code: int = -signal.SIGKILL
+        code = -signal.SIGKILL
         while code == -signal.SIGKILL:
             # The first process of all is killed even when no time is left, so that a run of no minutes is one all the same.
             wait = draw.uniform(0.2, longest) if time.perf_counter() < over or not done.kills else None
