@@ -51,10 +51,10 @@ void block_rotation(const Rotation* a, int64_t batch, int threads) {
 
 // x, a token of each sequence, through all blocks, in place; their keys and values go into the cache.
 void block_token(const Token* t, const Layer* layers, int threads) {
-    const Room room(*t);
+    const Between between(*t);
     for (int64_t i = 0; i < t->layers; ++i) {
-        attention_half(*t, room, layers[i], threads);
-        mlp_half(*t, room, layers[i], threads);
+        attention_half(*t, between, layers[i], threads);
+        mlp_half(*t, between, layers[i], threads);
     }
 }
 

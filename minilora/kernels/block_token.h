@@ -49,20 +49,20 @@ void add(uint16_t* y, const uint16_t* a, const uint16_t* b, int64_t n) {
 }
 
 // What the parts of a block leave to each other.
-struct Room {
+struct Between {
     Scratch<uint16_t> normed, q, k, v, turned, attended, gate, up, base, low;
     Scratch<float> inverse;
-    explicit Room(const Token& t)
+    explicit Between(const Token& t)
         : normed(t.batch * t.hidden), q(t.batch * t.heads * t.head_dim), k(t.batch * t.kv_heads * t.head_dim),
           v(t.batch * t.kv_heads * t.head_dim), turned(t.batch * t.heads * t.head_dim),
           attended(t.batch * t.heads * t.head_dim), gate(t.batch * t.inner), up(t.batch * t.inner),
           base(t.batch * t.widest), low(t.batch * t.rank + 16), inverse(t.batch) {}
 };
 
-void linear(const Token& t, const Room& room, const Linear& l, const uint16_t* x, uint16_t* y, int threads) {
-    const int BFLOAT16 = 1;
+void linear(const Token& t, const Between& between, const Linear& l, const uint16_t* x, uint16_t* y, int threads) {
+    const int BFLOAT16 = 1;                                     // as `KINDS` of cpu.py has it
     if (!l.r) return t.product(l.weight, l.out, l.in, x, t.batch, BFLOAT16, l.bias, y, threads);
-    uint16_t *low = room.low.data, *base = room.base.data;
+    uint16_t *low = between.low.data, *base = between.base.data;
     t.dense_product(l.a, l.r, l.in, x, t.batch, low, threads);
     for (int64_t i = 0; i < t.batch * l.r; i += 16) narrow(low + i, widen(low + i) * all(l.scaling));
     t.dense_product(l.b, l.out, l.r, low, t.batch, y, threads);
@@ -71,41 +71,41 @@ void linear(const Token& t, const Room& room, const Linear& l, const uint16_t* x
     for (int64_t i = 0; l.bias && i < t.batch * l.out; i += 16) narrow(y + i, widen(y + i) + load(l.bias + i % l.out));
 }
 
-void normalize(const Token& t, const Room& room, const uint16_t* weight, int threads) {
-    const Norm call = {t.x, weight, nullptr, room.normed.data, nullptr, room.inverse.data, t.batch, t.hidden, 0, t.eps};
+void normalize(const Token& t, const Between& between, const uint16_t* weight, int threads) {
+    const Norm call = {t.x, weight, nullptr, between.normed.data, nullptr, between.inverse.data, t.batch, t.hidden, 0, t.eps};
     block_norm(&call, threads);
 }
 
-void attention_half(const Token& t, const Room& room, const Layer& l, int threads) {
-    normalize(t, room, l.input_norm, threads);
-    linear(t, room, l.q, room.normed.data, room.q.data, threads);
-    linear(t, room, l.k, room.normed.data, room.k.data, threads);
-    linear(t, room, l.v, room.normed.data, room.v.data, threads);
+void attention_half(const Token& t, const Between& between, const Layer& l, int threads) {
+    normalize(t, between, l.input_norm, threads);
+    linear(t, between, l.q, between.normed.data, between.q.data, threads);
+    linear(t, between, l.k, between.normed.data, between.k.data, threads);
+    linear(t, between, l.v, between.normed.data, between.v.data, threads);
     const int64_t d = t.head_dim, of_q = t.heads * d, of_k = t.kv_heads * d, of_cache = t.kv_heads * t.room * d;
     const View keys = {l.keys, of_cache, t.room * d, d}, values = {l.values, of_cache, t.room * d, d};
-    const View turned = {room.turned.data, of_q, d, of_q}, here = {keys.rows(0, 0, t.past), of_cache, t.room * d, d};
-    const Rotation queries = {{room.q.data, of_q, d, of_q}, turned, t.cos, t.sin, t.heads, 1, d, t.same, 0};
-    const Rotation shared = {{room.k.data, of_k, d, of_k}, here, t.cos, t.sin, t.kv_heads, 1, d, t.same, 0};
+    const View turned = {between.turned.data, of_q, d, of_q}, here = {keys.rows(0, 0, t.past), of_cache, t.room * d, d};
+    const Rotation queries = {{between.q.data, of_q, d, of_q}, turned, t.cos, t.sin, t.heads, 1, d, t.same, 0};
+    const Rotation shared = {{between.k.data, of_k, d, of_k}, here, t.cos, t.sin, t.kv_heads, 1, d, t.same, 0};
     block_rotation(&queries, t.batch, threads);
     block_rotation(&shared, t.batch, threads);
     for (int64_t b = 0; b < t.batch; ++b)
         for (int64_t h = 0; h < t.kv_heads; ++h)
-            memcpy(values.rows(b, h, t.past), room.v.data + b * of_k + h * d, 2 * d);
-    const Query call = {turned, keys, values, {room.attended.data, of_q, d, of_q}, l.mask, t.batch, t.heads, t.kv_heads,
+            memcpy(values.rows(b, h, t.past), between.v.data + b * of_k + h * d, 2 * d);
+    const Query call = {turned, keys, values, {between.attended.data, of_q, d, of_q}, l.mask, t.batch, t.heads, t.kv_heads,
                         t.past + 1, d, l.mask_row, t.scale};
     block_query(&call, threads);
-    linear(t, room, l.o, room.attended.data, room.normed.data, threads);
-    add(t.x, t.x, room.normed.data, t.batch * t.hidden);
+    linear(t, between, l.o, between.attended.data, between.normed.data, threads);
+    add(t.x, t.x, between.normed.data, t.batch * t.hidden);
 }
 
-void mlp_half(const Token& t, const Room& room, const Layer& l, int threads) {
-    normalize(t, room, l.post_attention_norm, threads);
-    linear(t, room, l.gate, room.normed.data, room.gate.data, threads);
-    linear(t, room, l.up, room.normed.data, room.up.data, threads);
-    const SwiGLU call = {room.gate.data, room.up.data, nullptr, room.gate.data, nullptr, nullptr, 0};
+void mlp_half(const Token& t, const Between& between, const Layer& l, int threads) {
+    normalize(t, between, l.post_attention_norm, threads);
+    linear(t, between, l.gate, between.normed.data, between.gate.data, threads);
+    linear(t, between, l.up, between.normed.data, between.up.data, threads);
+    const SwiGLU call = {between.gate.data, between.up.data, nullptr, between.gate.data, nullptr, nullptr, 0};
     block_swiglu(&call, t.batch * t.inner, threads);
-    linear(t, room, l.down, room.gate.data, room.normed.data, threads);
-    add(t.x, t.x, room.normed.data, t.batch * t.hidden);
+    linear(t, between, l.down, between.gate.data, between.normed.data, threads);
+    add(t.x, t.x, between.normed.data, t.batch * t.hidden);
 }
 
 }  // namespace

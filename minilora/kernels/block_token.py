@@ -1,8 +1,4 @@
-"""One token a sequence through all blocks of a Llama in one call: `block_token.h`, called with tensors.
-
-A token is some four hundred small operations in a model of 22 blocks.  Asked for one by one from Python they take, for one
-sequence, a third as long as the products among them; here each is made by the same code, and has the same bits.
-"""
+"""One token a sequence through all blocks of a Llama in one call: `block_token.h`, which says what for, called with tensors."""
 from __future__ import annotations
 
 import ctypes

@@ -11,17 +11,24 @@ from torch import Tensor
 from minilora.kernels import cpu
 
 
+def takes_few_rows(x: Tensor) -> bool:
+    """Whether there is vector code for such rows: few of them, in bfloat16 on a CPU."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return False
+    kernel = cpu.kernel()
+    return kernel is not None and x.numel() <= kernel.dense_rows * x.shape[-1]
+
+
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor | None:
-    """``x Wᵀ`` where no gradient is wanted, or None where there is no vector code for it: then it is torch's to make.
+    """``x Wᵀ`` without a gradient, or None where there is no vector code for it: then it is torch's to make.
 
     Args: x: (..., in), weight: (out, in).
-    Returns: (..., out), for a few rows in bfloat16 on a CPU.
+    Returns: (..., out).
     Guarantee: sums in float32 of the products in bfloat16, rounded once (tests/kernels/test_product.py).
     """
-    if not (x.dtype == weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu" and x.numel() > 0
-            and x.shape[-1] == weight.shape[1] and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")):
+    kernel = cpu.kernel() if takes_few_rows(x) else None
+    if kernel is None or weight.dtype != x.dtype or weight.device != x.device or not weight.is_contiguous() \
+            or weight.shape[1] != x.shape[-1]:
         return None
-    rows, kernel = x.detach().reshape(-1, x.shape[-1]), cpu.kernel()
-    if kernel is None or len(rows) > kernel.dense_rows:
-        return None
-    return kernel.dense_product(rows.contiguous(), weight.detach()).view(*x.shape[:-1], -1)
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    return kernel.dense_product(rows, weight.detach()).view(*x.shape[:-1], -1)

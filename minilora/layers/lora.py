@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.layers.low_rank import LowRankUpdate, plain_update
+from minilora.layers.low_rank import LowRankUpdate, few_rows_update, plain_update
 
 # A row of zeros (pruned, or lost in quantization) has length 0, and m / 0 would be NaN for the whole model, as in PEFT.
 SMALLEST_NORM = torch.finfo(torch.float32).tiny
@@ -158,6 +158,9 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out), in x's dtype; A and B are rounded to it for the products."""
         add_to = self._add_to(x.device.type)
         if add_to is not None:
+            few = few_rows_update(x, self.lora_A.weight, self.lora_B.weight, self.scaling)
+            if few is not None:
+                return add_to(few, x)
             through, update = LowRankUpdate.apply(x, self.lora_A.weight, self.lora_B.weight, self.scaling)
             return add_to(update, x if through is None else through)
         y = self.base_layer(x)

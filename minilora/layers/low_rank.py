@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.layers.few_rows import few_rows_product
+from minilora.layers.few_rows import few_rows_product, takes_few_rows
 
 
 def plain_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -24,8 +24,10 @@ def plain_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
 
 
-def _few_rows(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
-    """The update by `few_rows_product`, or None where that makes none; rounded where `LowRankUpdate` rounds."""
+def few_rows_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
+    """`plain_update` by `few_rows_product`, where no gradient is wanted and that makes it, or None."""
+    if torch.is_grad_enabled() or not takes_few_rows(x):
+        return None
     low = few_rows_product(x, a.to(x.dtype))
     return None if low is None else few_rows_product(low.mul_(scaling), b.to(x.dtype))
 
@@ -41,8 +43,6 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
         """x: (..., in), A: (r, in), B: (out, r) -> x, or None where it needs no gradient, and (..., out)."""
-        if not any(ctx.needs_input_grad) and (found := _few_rows(x, a, b, scaling)) is not None:
-            return None, found
         low = F.linear(x, a.to(x.dtype)).mul_(scaling)                                     # (..., r)
         ctx.save_for_backward(x, low, a, b)
         ctx.scaling = scaling

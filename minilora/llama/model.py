@@ -220,8 +220,9 @@ class LlamaForCausalLM(nn.Module):
         masks = attention_masks(self.config.sliding_windows, attention_mask, batch, length, past, input_ids.device)
         x = self.model.embed_tokens(input_ids)                                             # (B, T, hidden)
         cos, sin = rotation(position_ids, inverse_frequencies(self.config, x.device), x.dtype)
-        if (cache is not None and cache.step is not None and length == 1 and not isinstance(attention_mask, Trees)
-                and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)):
+        alone = length == 1 and at is None and not isinstance(attention_mask, Trees)
+        if (alone and cache is not None and cache.step is not None and not torch.is_grad_enabled()
+                and not torch.is_autocast_enabled(x.device.type)):
             cache.stop_behind(length)
             x = cache.step(x, cos, sin, [mask for mask in masks if not isinstance(mask, Trees)], past)
         else:

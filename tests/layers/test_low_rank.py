@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora import LoRALinear, NF4Linear
-from minilora.layers.low_rank import LowRankUpdate, plain_update
+from minilora.kernels import cpu
+from minilora.layers.low_rank import LowRankUpdate, few_rows_update, plain_update
 from minilora.layers.nf4_linear import FUSED_WEIGHTS
 
 SIZE = 768      # a square layer of this width is large enough for the base to add in place
@@ -125,3 +126,25 @@ def test_under_autocast_the_types_are_torchs() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16 and layer(x).dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_few_rows_have_the_update_in_vector_code_whether_trained_or_frozen(rows: int) -> None:
+    products = cpu.kernel()
+    if products is None or not products.dense_rows:
+        pytest.skip("no vector code for dense products here")
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(shape, generator=generator).bfloat16().float() for shape in ((rows, 1, 768), (5, 768), (96, 5)))
+    exact, x = 0.5 * (x.double() @ a.double().T) @ b.double().T, x.bfloat16()
+    found = few_rows_update(x, a, b, 0.5)
+    assert found is not None and found.shape == (rows, 1, 96) and found.dtype == torch.bfloat16
+    # Rounded thrice, as `plain_update` is: the sum over 768, that half of it, the sum over 5.
+    assert (found.double() - exact).norm() <= 3 * 2 ** -9 * exact.norm()
+    assert (found.double() - plain_update(x, a, b, 0.5).double()).norm() <= 3 * 2 ** -8 * exact.norm()
+    assert torch.equal(few_rows_update(x, a.requires_grad_(), b.requires_grad_(), 0.5), found)
+    assert few_rows_update(x.repeat(17, 1, 1), a, b, 0.5) is None and few_rows_update(x.float(), a, b, 0.5) is None
+    with torch.enable_grad():
+        assert few_rows_update(x, a, b, 0.5) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few_rows_update(x, a, b, 0.5) is None

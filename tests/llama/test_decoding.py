@@ -23,7 +23,7 @@ from minilora.llama import decoding
 from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.decoding import token_step
-from minilora.llama.model import LlamaForCausalLM
+from minilora.llama.model import LlamaForCausalLM, LlamaMLP, RMSNorm
 from tests.kernels.conftest import make as make_products
 from tests.kernels.test_block import make as make_block
 from tests.kernels.test_block import threads
@@ -69,7 +69,7 @@ def make(adapter: LoRAConfig | None = None, quantize: bool = True, dtype: torch.
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 module.lora_B.weight.data.normal_(0, 0.1, generator=generator)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def ids(*shape: int, seed: int = 1) -> Tensor:
@@ -152,6 +152,12 @@ def test_an_adapter_has_the_bits_of_its_modules(batch: int, r: int,
     same_bits(make(LoRAConfig(r, 3 * r), **changes), batch)
 
 
+def test_a_frozen_adapter_has_the_same_bits() -> None:
+    model = make(LoRAConfig(8, 16))
+    trained = same_bits(model)
+    assert torch.equal(same_bits(model.requires_grad_(False)), trained)
+
+
 def test_an_adapter_may_be_on_some_layers() -> None:
     some = same_bits(make(LoRAConfig(8, 16, target_modules=("q_proj", "down_proj"))))
     assert not torch.equal(some, same_bits(make()))
@@ -192,9 +198,11 @@ def test_what_decoding_takes_is_of_the_adapter_it_is_asked_with() -> None:
     assert generate_ids(model, NeverEnds(), [[1, 2, 3]], 8) != one          # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("why", ["float32", "dense", "small", "DoRA", "dropout", "hook", "hook before", "subclass", "many",
-                                 "many rows", "no kernel", "narrow heads", "no room"])
-def test_where_anything_is_out_of_the_ordinary_the_modules_run(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", ["float32", "dense", "small", "DoRA", "dropout", "hook", "hook before", "hook on all",
+                                 "subclass", "another MLP", "another norm", "another forward", "many", "many rows",
+                                 "no kernel", "narrow heads", "no room"])
+def test_where_anything_is_out_of_the_ordinary_the_modules_run(why: str, monkeypatch: pytest.MonkeyPatch,
+                                                                 request: pytest.FixtureRequest) -> None:
     adapter = LoRAConfig(4, 8, use_dora=why == "DoRA", dropout=0.1) if why in ("DoRA", "dropout", "many rows") else None
     model = make(adapter, quantize=why != "dense", dtype=torch.float32 if why == "float32" else torch.bfloat16,
                  **({"hidden_size": 512} if why == "small" else {}), **({"head_dim": 32} if why == "narrow heads" else {}))
@@ -207,6 +215,14 @@ def test_where_anything_is_out_of_the_ordinary_the_modules_run(why: str, monkeyp
         attention.register_forward_pre_hook(lambda *_: None)
     elif why == "subclass":
         attention.k_proj.__class__ = type("Another", (NF4Linear,), {})
+    elif why == "another MLP":
+        model.model.layers[1].mlp.__class__ = type("Another", (LlamaMLP,), {})
+    elif why == "another norm":
+        model.model.layers[0].input_layernorm.__class__ = type("Another", (RMSNorm,), {})
+    elif why == "another forward":
+        monkeypatch.setattr(attention.q_proj, "forward", lambda x: x)
+    elif why == "hook on all":
+        request.addfinalizer(nn.modules.module.register_module_forward_hook(lambda *_: None).remove)
     elif why == "no kernel":
         monkeypatch.setattr(block, "kernel", lambda: None)
     products = cpu.kernel()
@@ -228,6 +244,8 @@ def test_gradients_autocast_and_several_tokens_go_through_the_modules(plain: Lla
         with torch.autocast("cpu", torch.bfloat16):
             plain.hidden(ids(2, 1), cache=cache)
     plain.hidden(ids(2, 1), cache=cache)
+    with torch.no_grad():
+        assert plain.hidden(ids(2, 1), cache=cache, at=torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 1024)
     with torch.no_grad(), pytest.raises(AssertionError, match="taken"):
         plain.hidden(ids(2, 1), cache=cache)
 
