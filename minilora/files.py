@@ -2,10 +2,12 @@
 
 ``os.replace`` is atomic within one file system: a reader sees the old file or the whole new one, and a kill at any
 instant leaves at worst a ``.tmp-…`` sibling, which counts as nothing and is cleared away by the next run.  The data is synced
-before the rename and the folder after it, so a power cut cannot leave the new name with old blocks.
+before the rename and the folder after it, so a power cut cannot leave the new name with old blocks.  A folder cannot be renamed
+over another one that holds something: the two change names, in one step where the system has it (Linux).
 """
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -131,12 +133,40 @@ def clear_leftovers(folder: Path, keep: str = "") -> None:
     Raises: OSError: the disk refuses.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
-        if path.name == keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        if path.name != keep:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change names in one step; False, and nothing done, where the system or the file system has no such step."""
+    here, exchange = -100, 2                        # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        step = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):    # not Linux
+        return False
+    return bool(step(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def _take_place(temporary: Path, final: Path) -> Path:
+    """Give `temporary` the name of what is at `final`, and return where that is now."""
+    if _exchange(temporary, final):
+        return temporary
+    retired = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-old-", dir=final.parent))
+    os.replace(final, retired / final.name)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        os.replace(retired / final.name, final)
+        retired.rmdir()
+        raise
+    return retired
 
 
 @contextmanager
@@ -161,13 +191,13 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: st
         for inner in (*temporary.rglob("*"), temporary):     # Trap: a folder's entries are data as well
             sync_folder(inner) if inner.is_dir() else sync_file(inner)
         if final.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-old-", dir=final.parent))
-            os.replace(final, retired / final.name)
-            os.replace(temporary, final)
-            shutil.rmtree(retired, ignore_errors=True)
+            old = _take_place(temporary, final)
+            sync_folder(final.parent)
+            with suppress(OSError):         # the new one is in its place; what can't be removed is a leftover
+                _remove(old)
         else:
             os.replace(temporary, final)
-        sync_folder(final.parent)
+            sync_folder(final.parent)
     except DISK_ERRORS as error:
         raise OutputError(f"cannot write {final}: {disk_reason(error)}; check free space and permissions") from error
     finally:

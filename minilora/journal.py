@@ -12,7 +12,6 @@ follow, are asked again.  Answers may say what is wrong with somebody: the file 
 """
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from minilora.errors import OutputError
 from minilora.files import disk_reason
+from minilora.locks import locked
 
 Answer = list[Any]      # the cells that are added to a row, in their order
 
@@ -64,11 +64,12 @@ class Journal:
         self._reading = False
 
     def __enter__(self) -> Journal:
-        if not self.resume:
+        self._file = self._earlier()
+        if self._file is not None and not self.resume:
             self.path.unlink(missing_ok=True)
-        elif self.path.exists():
-            self._file = self.path.open("r+b")
-            self._lock(self._file)
+            self._file.close()
+            self._file = None
+        if self._file is not None:
             head = self._line()
             if head is None or head.get("of") != self.of:
                 self._file.close()
@@ -79,12 +80,21 @@ class Journal:
             self._reading = True
         return self
 
-    def _lock(self, file: IO[bytes]) -> None:
+    def _earlier(self) -> IO[bytes] | None:
+        """What an earlier run left, locked; None where there is nothing."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = self.path.open("r+b")
+        except FileNotFoundError:
+            return None
         except OSError as error:
+            raise OutputError(f"cannot read {self.path}: {disk_reason(error)}; remove it, and begin anew") from error
+        self._lock(file)
+        return file
+
+    def _lock(self, file: IO[bytes]) -> None:
+        if not locked(file.fileno()):
             file.close()
-            raise self._taken() from error
+            raise self._taken()
 
     def _taken(self) -> OutputError:
         return OutputError(f"{self.out}: another prediction is writing it; wait for its end, or choose another --out")
@@ -130,6 +140,6 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            if error is None:
-                self.path.unlink(missing_ok=True)
+            if error is None and self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                self.path.unlink()
             self._file.close()

@@ -10,19 +10,13 @@ The lock is also how a run knows its folder: one that was deleted, or replaced b
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import platform
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 from minilora.errors import OutputError
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:         # Windows has no flock: there nothing keeps two runs apart
-    fcntl = None
 
 LOCK_FILE = ".tmp-lock"
 BUSY = (errno.EWOULDBLOCK, errno.EACCES)
@@ -45,7 +39,7 @@ class FolderLock:
             except OSError as error:
                 raise OutputError(f"cannot write {folder}: {error.strerror or error}; check the path and its permissions"
                                   ) from error
-            if not _locked(self._descriptor):
+            if not locked(self._descriptor):
                 os.close(self._descriptor)
                 raise OutputError(in_use(folder))
             # Trap: whoever held the lock may have removed the file between the two calls; the lock is then on a file that
@@ -109,7 +103,7 @@ def refuse_if_locked(folder: Path) -> None:
     except OSError:
         return
     try:
-        if not _locked(descriptor):
+        if not locked(descriptor):
             raise OutputError(in_use(folder))
     finally:
         os.close(descriptor)
@@ -125,10 +119,8 @@ def in_use(folder: Path) -> str:
             "output")
 
 
-def _locked(descriptor: int) -> bool:
-    """Lock the file; False if another process has it locked."""
-    if fcntl is None:
-        return True
+def locked(descriptor: int) -> bool:
+    """Lock the file, until its process ends or it is closed; False if another process has it locked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -209,6 +209,36 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     assert not journal_path(out).exists()
 
 
+def test_an_output_that_is_being_written_cannot_be_begun_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    with Journal(out, "model", resume=False) as first:
+        first.record(["a"], [["CT"]])
+        with pytest.raises(OutputError, match="another prediction is writing it"), Journal(out, "model", resume=False):
+            pass
+        first.record(["b"], [["CT"]])
+        assert len(journal_path(out).read_text().splitlines()) == 3
+
+
+def test_a_journal_takes_away_its_own_file_alone(tmp_path: Path) -> None:
+    """Somebody removed it, and another prediction began."""
+    out = tmp_path / "out.csv"
+    with Journal(out, "model", resume=False) as first:
+        first.record(["a"], [["CT"]])
+        journal_path(out).unlink()
+        second = Journal(out, "model", resume=False).__enter__()
+        second.record(["a"], [["MR"]])
+    assert journal_path(out).exists(), "a kill of the second would lose what it answered"
+    second.__exit__(None, None, None)
+    assert not journal_path(out).exists()
+
+
+def test_a_journal_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    journal_path(out).mkdir()
+    with pytest.raises(OutputError, match=r"out\.csv\.answers: Is a directory; remove it"), Journal(out, "model", resume=True):
+        pass
+
+
 def test_a_hundred_thousand_rows_take_no_more_memory_than_a_thousand(predictor: Predictor, tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own allocations, which is where rows would pile up; the model is left out."""

@@ -19,11 +19,14 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +34,10 @@ import torch
 
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-psabi")       # why no contraction: see nf4_blocks.h
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-NATIVE = ("-march=native",)         # the vector instructions of the machine that compiles, which is the one that runs
+# The vector instructions of the machine that compiles, which is the one that runs; on ARM the other spelling is the one that
+# every compiler knows.
+NATIVE = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+OPENMP = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)     # Apple's compiler has it, and hides it
 DIGEST = 32                         # bytes of SHA-256
 T = TypeVar("T")
 _first = threading.Lock()
@@ -65,13 +71,14 @@ def openmp_library() -> str | None:
     slow on two cores: threads of either sleep between operations as soon as there are more of them than cores.  So the
     kernel is linked to this very file; its threads are torch's.
     """
+    own = Path(torch.__file__).parent / "lib"
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:                 # not Linux
-        return None
+        return next((str(own / name) for name in ("libomp.dylib", "libiomp5.dylib") if (own / name).is_file()), None)
     paths = sorted({line.split(maxsplit=5)[5] for line in mapped.splitlines() if line.count("/")})
     known = [path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp.", "libomp5"))]
-    beside_torch = [path for path in known if Path(path).parent == Path(torch.__file__).parent / "lib"]
+    beside_torch = [path for path in known if Path(path).parent == own]
     return next(iter(beside_torch + known), None)
 
 
@@ -100,10 +107,32 @@ def load(*sources: Path, machine: tuple[str, ...] = NATIVE) -> ctypes.CDLL:
 
     Raises: BuildError: no compiler, it fails, or the cache folder is not to be used.
     """
-    compiler = shutil.which("c++")
+    compiler, other = shutil.which("c++"), shutil.which("g++")
     if compiler is None:
         raise BuildError("no C++ compiler is installed (c++)")
     openmp = openmp_library()
+    try:
+        return _load(compiler, sources, machine, openmp)
+    except BuildError:
+        if openmp is None:
+            raise
+    # Such as Clang's, where torch brings GCC's OpenMP library: it asks for functions that are not there.
+    if other is not None and Path(other).resolve() != Path(compiler).resolve():
+        with suppress(BuildError):
+            return _load(other, sources, machine, openmp)
+    library = _load(compiler, sources, machine, None)
+    _say_one_thread(compiler, Path(openmp).name)
+    return library
+
+
+@cache
+def _say_one_thread(compiler: str, openmp: str) -> None:
+    warnings.warn(f"compiled code for 4-bit weights and blocks runs on one thread: {compiler} and torch's {openmp} do not go "
+                  "together; with GCC (g++) it would take as many as torch", RuntimeWarning, stacklevel=2)
+
+
+def _load(compiler: str, sources: tuple[Path, ...], machine: tuple[str, ...], openmp: str | None) -> ctypes.CDLL:
+    """The library, of as many threads as torch's where there is an OpenMP library to link to, else of one."""
     compiler_state = Path(compiler).resolve().stat()
     parts = [*map(_text, sources), *FLAGS, *machine, _processor(), str(openmp), torch.__version__,
              f"{compiler} {compiler_state.st_size} {compiler_state.st_mtime_ns}"]
@@ -134,9 +163,10 @@ def _compile(compiler: str, sources: tuple[Path, ...], machine: tuple[str, ...],
         with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(len(sources)) as at_once:
             library, parts = Path(folder) / "library.so", [str(Path(folder) / f"{source.stem}.o") for source in sources]
             # Two steps: linking with -fopenmp would add the compiler's own OpenMP library beside torch's.
-            compile_one = [compiler, *FLAGS, *machine, *(["-fopenmp"] if openmp else []), "-c"]
+            compile_one = [compiler, *FLAGS, *machine, *(OPENMP if openmp else ()), "-c"]
             list(at_once.map(lambda source, part: _run([*compile_one, str(source), "-o", part]), sources, parts))
-            _run([compiler, "-shared", *parts, *([openmp] if openmp else []), "-o", str(library)])
+            to_link = [openmp, "-Xlinker", "-rpath", "-Xlinker", str(Path(openmp).parent)] if openmp else []
+            _run([compiler, "-shared", *parts, *to_link, "-o", str(library)])
             content = library.read_bytes()
             library.write_bytes(content + hashlib.sha256(content).digest())
             library.chmod(0o700)

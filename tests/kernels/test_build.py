@@ -26,7 +26,7 @@ with warnings.catch_warnings(record=True) as caught:
     assert torch.equal(q.dequantize(), q.dequantize())
     codes, absmax = reference.quantize_blocks(w, NF4_CODE, 64)
     assert torch.equal(q.packed, reference.pack_nibbles(codes, 7)) and torch.equal(q.absmax, absmax)
-said = [str(w.message) for w in caught if "slow path" in str(w.message)]
+said = [str(w.message) for w in caught if "slow path" in str(w.message) or "one thread" in str(w.message)]
 print(len(said), cpu.kernel() is not None, *said)
 """
 
@@ -156,9 +156,10 @@ def test_a_cache_that_cannot_be_written_means_the_reference_and_is_said_once(tmp
 
 
 def test_a_compiler_that_fails_means_the_reference_and_is_said_once(tmp_path: Path) -> None:
-    fake = tmp_path / "c++"
-    fake.write_text("#!/bin/sh\necho 'fatal error: it is broken' >&2\nexit 1\n")
-    fake.chmod(0o755)
+    for name in ("c++", "g++"):
+        fake = tmp_path / name
+        fake.write_text("#!/bin/sh\necho 'fatal error: it is broken' >&2\nexit 1\n")
+        fake.chmod(0o755)
     said = use(PATH=f"{tmp_path}:{os.environ['PATH']}", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert said.startswith("1 False") and "it is broken" in said
 
@@ -192,3 +193,28 @@ print(before == libraries(), len(before), len(os.listdir("/proc/self/task")) - t
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.stdout.split() == ["True", "1", "0"], done.stdout + done.stderr
 
+
+def other_compiler(folder: Path, name: str, refuses: str = "nothing") -> None:
+    """A compiler that compiles, but with the option that it refuses."""
+    file = folder / name
+    file.write_text(f'#!/bin/sh\ncase " $* " in *" {refuses} "*) echo "error: it knows no {refuses}" >&2; exit 1;; esac\n'
+                    f'exec {build.shutil.which("c++")} "$@"\n')
+    file.chmod(0o755)
+
+
+@pytest.mark.skipif(build.openmp_library() is None, reason="torch's OpenMP library is not known")
+def test_where_one_compiler_cannot_use_torchs_openmp_the_other_is_asked(tmp_path: Path) -> None:
+    other_compiler(tmp_path, "c++", refuses="-fopenmp")
+    other_compiler(tmp_path, "g++")
+    assert use(PATH=f"{tmp_path}:{os.environ['PATH']}", XDG_CACHE_HOME=str(tmp_path / "cache")) == "0 True"
+
+
+@pytest.mark.skipif(build.openmp_library() is None, reason="torch's OpenMP library is not known")
+def test_where_no_compiler_can_the_kernel_has_one_thread_and_it_is_said_once(tmp_path: Path) -> None:
+    for name in ("c++", "g++"):
+        other_compiler(tmp_path, name, refuses="-fopenmp")
+    call = USE_TWICE + "\nfrom minilora.kernels import block; block.kernel()"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("1 True compiled code for 4-bit weights and blocks runs on one thread: ")
+    assert "one thread" not in done.stderr, "the second library says it once more"
