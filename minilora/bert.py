@@ -153,7 +153,7 @@ class BertEmbedder:
         if any(token >= self.vocab_size for ids in rows for token in ids):
             raise CheckpointError(f"{self.folder}: tokenizer.json has more tokens than config.json's vocab_size "
                                   f"{self.vocab_size}; fetch both from one upload")
-        vectors = torch.zeros(len(rows), self.hidden)
+        vectors = torch.zeros(len(rows), self.hidden, dtype=torch.float32)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]

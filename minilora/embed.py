@@ -40,7 +40,7 @@ def embed_texts(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[s
     ids = [tokenizer.encode(text)[: model.config.max_position_embeddings] for text in texts]
     for row in ids:
         check_ids(row, model.model.embed_tokens.num_embeddings)
-    vectors = torch.zeros(len(ids), model.config.hidden_size)
+    vectors = torch.zeros(len(ids), model.config.hidden_size, dtype=torch.float32, device="cpu")
     order = sorted((index for index, row in enumerate(ids) if len(row) > skip), key=lambda index: len(ids[index]))
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):

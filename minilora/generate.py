@@ -142,10 +142,10 @@ def cache_for(model: LlamaForCausalLM, beginning: Sequence[int], batch: int, roo
 def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], ends: frozenset[int],
                   max_new_tokens: int) -> list[list[int]]:
     batch, longest, shared = len(prompts), max(map(len, prompts)), shared_beginning(prompts, model)
-    input_ids = torch.zeros(batch, longest - shared, dtype=torch.int64)                    # (B, P)
-    real = torch.ones(batch, longest + max_new_tokens, dtype=torch.bool)                   # (B, shared + P + new)
+    input_ids = torch.zeros(batch, longest - shared, dtype=torch.int64, device="cpu")      # (B, P)
+    real = torch.ones(batch, longest + max_new_tokens, dtype=torch.bool, device="cpu")     # (B, shared + P + new)
     for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids[shared:])
+        input_ids[row, longest - len(ids) :] = input_ids.new_tensor(ids[shared:])
         real[row, shared : shared + longest - len(ids)] = False
     mask = None if real.all() else real.to(model.device)
     input_ids = input_ids.to(model.device)

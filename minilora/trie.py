@@ -124,7 +124,7 @@ def tree_chunks(trie: LabelTrie, normalize: Normalization, size: int = CHUNK_NOD
             nodes.insert(0, above)
             above = trie.parents[above]
         slots = {node: slot for slot, node in enumerate(nodes)}
-        visible = torch.eye(len(nodes), dtype=torch.bool)
+        visible = torch.eye(len(nodes), dtype=torch.bool, device="cpu")
         for slot, node in enumerate(nodes):
             if trie.parents[node] != ROOT:
                 visible[slot] |= visible[slots[trie.parents[node]]]
@@ -158,7 +158,7 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
         raise ConfigError(f"normalize is 'trie' or 'full' and batch_tokens at least 1, not {normalize!r} and {batch_tokens}")
     check_prompts(prompt_ids, model, trie.longest)
     check_ids(trie.tokens[1:], model.model.embed_tokens.num_embeddings)
-    scores = torch.empty(len(prompt_ids), len(trie))
+    scores = torch.empty(len(prompt_ids), len(trie), dtype=torch.float32, device="cpu")
     chunks = tree_chunks(trie, normalize, CHUNK_NODES, model.device)
     calls = _in_forests if len(chunks) == 1 and chunks[0].readers and grows_on(model) else _in_batches
     with evaluation_mode(model):
@@ -177,7 +177,7 @@ def _in_forests(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeChunk
     tree, = chunks
     for forest in forests(prompt_ids, tree, batch_tokens or BATCH_TOKENS * max(1, WIDE // model.config.hidden_size)):
         hidden = model.hidden(forest.input_ids, forest.trees, forest.position_ids, at=forest.at)[0]
-        steps = torch.zeros(len(forest.prompts), len(trie.tokens))
+        steps = hidden.new_zeros(len(forest.prompts), len(trie.tokens), dtype=torch.float32)
         _read_steps(model, trie, tree, hidden.view(len(steps), -1, hidden.shape[-1]), normalize, steps)
         yield forest.prompts, steps
 
@@ -211,7 +211,7 @@ def _steps_by_tree(model: LlamaForCausalLM, trie: LabelTrie, chunks: list[TreeCh
     room = longest + max(len(chunk.tokens) for chunk in chunks)
     shared = shared_beginning(prompts, model)
     cache = cache_for(model, prompts[0][:shared], batch, room) if shared or len(chunks) > 1 else None
-    steps = torch.zeros(batch, len(trie.tokens), device=device)
+    steps = torch.zeros(batch, len(trie.tokens), dtype=torch.float32, device=device)
     for number, chunk in enumerate(chunks):
         done = longest if number else shared        # columns that the cache holds already
         input_ids = torch.cat((prompt, chunk.tokens.expand(batch, -1)), dim=1)                    # (B, P + K)
@@ -254,7 +254,7 @@ def _tree_mask(lengths: Tensor, longest: int, visible: Tensor, positions: Tensor
 
 def _steps_by_label(model: LlamaForCausalLM, trie: LabelTrie, prompts: list[list[int]], normalize: Normalization) -> Tensor:
     """`_steps_by_tree` without the tree: each label behind the prompt, for layers that mask differently."""
-    steps = torch.zeros(len(prompts), len(trie.tokens), device=model.device)
+    steps = torch.zeros(len(prompts), len(trie.tokens), dtype=torch.float32, device=model.device)
     readers = set(trie.readers(normalize))
     for row, ids in enumerate(prompts):
         for path in trie.paths:
@@ -280,7 +280,7 @@ def _next_log_probs(model: LlamaForCausalLM, states: Tensor, tokens: list[int], 
 
 def _sum_over_paths(trie: LabelTrie, steps: Tensor, normalize: Normalization) -> Tensor:
     """Sum each label's steps: (B, nodes) -> (B, labels)."""
-    totals = torch.zeros(len(steps), len(trie), device=steps.device)
+    totals = steps.new_zeros(len(steps), len(trie))
     for depth in range(trie.longest):
         labels = [label for label, path in enumerate(trie.paths) if len(path) > depth]
         totals[:, labels] += steps[:, [trie.paths[label][depth] for label in labels]]

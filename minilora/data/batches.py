@@ -64,14 +64,15 @@ def collate(examples: Sequence[Example], pad_id: int | None) -> Batch:
     if not examples:
         raise ConfigError("a batch needs at least one example")
     length = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), 0 if pad_id is None else pad_id, dtype=torch.int64)  # (B, T)
-    attention_mask = torch.zeros_like(input_ids)                                                          # (B, T)
-    labels = torch.full_like(input_ids, IGNORED)                                                          # (B, T)
+    shape, padding = (len(examples), length), 0 if pad_id is None else pad_id
+    input_ids = torch.full(shape, padding, dtype=torch.int64, device="cpu")                # (B, T)
+    attention_mask = torch.zeros_like(input_ids)                                           # (B, T)
+    labels = torch.full_like(input_ids, IGNORED)                                           # (B, T)
     for index, example in enumerate(examples):
         n = len(example.input_ids)
-        input_ids[index, :n] = torch.tensor(example.input_ids, dtype=torch.int64)
+        input_ids[index, :n] = input_ids.new_tensor(example.input_ids)
         attention_mask[index, :n] = 1
-        labels[index, :n] = torch.tensor(example.labels, dtype=torch.int64)
+        labels[index, :n] = labels.new_tensor(example.labels)
     return Batch(input_ids, attention_mask, labels, int((labels != IGNORED).sum()), [e.row for e in examples])
 
 

@@ -85,7 +85,7 @@ class Kernel:
         Guarantee: computed in float32 and rounded once; a head's result depends on no other, nor on threads
             (tests/kernels/test_block.py).
         """
-        o, log_sum = empty(*q.shape), torch.empty(q.shape[:3])
+        o, log_sum = empty(*q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
         call = self._call(q, k, v, o, log_sum)
         self._forward(ctypes.byref(call), q.shape[3], torch.get_num_threads())
         return o, log_sum
@@ -214,7 +214,7 @@ class Kernel:
         Args: x: (..., size) bfloat16, contiguous, size a multiple of 16, stepwise of 32. weight: (size,) bfloat16.
         Returns: (..., size) bfloat16, and 1 / √(mean(x²) + ε), (..., 1) float32.
         """
-        y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+        y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         call = self._rows(x, weight, inverse)
         call.y, call.eps, call.stepwise = address(y, tuple(x.shape)), eps, stepwise
         if stepwise and x.shape[-1] % 32:

@@ -101,4 +101,4 @@ def view(x: Tensor, shape: tuple[int, ...]) -> View:
 
 def empty(batch: int, heads: int, length: int, head_dim: int) -> Tensor:
     """(B, H, T, d) that lies as (B, T, H, d), as projections want it."""
-    return torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
+    return torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16, device="cpu").transpose(1, 2)

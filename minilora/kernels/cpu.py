@@ -4,6 +4,8 @@
 Without a compiler that is so, and said once; ``MINILORA_KERNELS=reference`` asks for it.
 
 Tables and buffers are handed in: this room knows no codebook.  Threads are torch's, as many as ``torch.get_num_threads()``.
+Trap: what C++ writes into has its type and device named, or `new_empty` of a tensor that has them; torch's defaults are the
+caller's to set, and code that is told an address believes it.
 """
 from __future__ import annotations
 
@@ -120,7 +122,7 @@ class Kernel:
         rows, in_features = x.shape
         if bias is not None and bias.numel() != out_features:
             raise ValueError(f"{bias.numel()} biases for {out_features} outputs")
-        y = torch.empty(rows, out_features, dtype=x.dtype)
+        y = x.new_empty(rows, out_features)
         weight = self.weight(packed, constants, code, blocksize, out_features * in_features)
         self._product(ctypes.byref(weight), out_features, in_features, _address(x, x.dtype), rows, KINDS[x.dtype],
                       _address(bias, torch.float32), y.data_ptr(), torch.get_num_threads())
@@ -137,7 +139,7 @@ class Kernel:
         if not 0 < rows <= self.dense_rows or weight.shape[1] != in_features:
             raise ValueError(f"the kernel takes 1 to {self.dense_rows} rows as wide as the weight, not {tuple(x.shape)} and "
                              f"{tuple(weight.shape)}")
-        y = torch.empty(rows, out_features, dtype=x.dtype)
+        y = x.new_empty(rows, out_features)
         self._dense(_address(weight, torch.bfloat16), out_features, in_features, _address(x, torch.bfloat16), rows,
                     y.data_ptr(), torch.get_num_threads())
         return y
@@ -154,8 +156,8 @@ class Kernel:
         """
         n = x_n.numel()
         blocksize = min(blocksize, n)
-        packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty(-(-n // blocksize))
+        packed = x_n.new_empty((n + 1) // 2, dtype=torch.uint8)
+        absmax = x_n.new_empty(-(-n // blocksize), dtype=torch.float32)
         finite = self._quantize(_address(x_n, x_n.dtype), KINDS[x_n.dtype], n, _address(code, torch.float32), blocksize,
                                 absmax.data_ptr(), packed.data_ptr(), padding, torch.get_num_threads())
         return (packed, absmax) if finite else None
@@ -171,7 +173,7 @@ class Kernel:
         """
         n = x_n.numel()
         blocksize = min(blocksize, n)
-        codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(-(-n // blocksize))
+        codes, absmax = x_n.new_empty(n, dtype=torch.uint8), x_n.new_empty(-(-n // blocksize), dtype=torch.float32)
         finite = self._quantize_bytes(_address(x_n, torch.float32), n, _address(code, torch.float32), code.numel(), blocksize,
                                       absmax.data_ptr(), codes.data_ptr(), torch.get_num_threads())
         return (codes, absmax) if finite else None

@@ -195,7 +195,7 @@ class Kernel(Launcher):
                   shape: tuple[int, int, int], weight: tuple[Tensor | float, ...], **sizes: int) -> Tensor:
         """y by a product's kernel, whose sums are taken in parts and added up behind it."""
         if y.numel():
-            sums = y if parts == 1 else torch.empty(parts, *y.shape, device=y.device)
+            sums = y if parts == 1 else y.new_empty(parts, *y.shape, dtype=torch.float32)
             here = bias if parts == 1 else None
             self._launch(name, (*programs, parts), sums, x, x if here is None else here, *shape, *weight, **sizes,
                          BIAS=here is not None, SHUFFLED=self.shuffled, PARTS=parts)
@@ -291,16 +291,17 @@ def prove(kernel: Kernel, device: torch.device) -> None:
     """
     shape = out_features, in_features = 512, 128
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (1 << 15,), dtype=torch.uint8, generator=generator)
-    codes = torch.randint(0, 256, (1 << 10,), dtype=torch.uint8, generator=generator)
-    table, dynamic, nested = (torch.randn(count, generator=generator) for count in (16, 256, 4))
+    packed, codes = (torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device="cpu")
+                     for count in (1 << 15, 1 << 10))
+    table, dynamic, nested = (torch.randn(count, generator=generator, dtype=torch.float32, device="cpu")
+                              for count in (16, 256, 4))
     absmax = reference.dequantize_blocks(codes, nested, dynamic, 256) + 0.3
     constants = Constants(None, codes.to(device), dynamic.to(device), nested.to(device), 0.3)
     weight = packed.to(device), constants, table.to(device), 64
     # In one type: each further one would compile three kernels more.
     multiplied = torch.bfloat16 if kernel.fused_rows[torch.bfloat16] > 1 else torch.float32
     for dtype in KINDS:
-        w = torch.empty(shape, dtype=dtype)
+        w = torch.empty(shape, dtype=dtype, device="cpu")
         reference.dequantize_packed(packed, absmax, table, 64, w.view(-1))
         found = [kernel.dequantize(*weight, torch.empty_like(w, device=device))]
         expected = [w]

@@ -114,8 +114,8 @@ class LoRALinear(nn.Module):
         self.scaling = config.scaling
         self.active = True      # False: compute the base alone (`qlora.base_only`)
         device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), torch.device("cpu"))
-        self.lora_A = _linear(torch.empty(self.r, self.in_features, device=device))
-        self.lora_B = _linear(torch.empty(self.out_features, self.r, device=device))
+        self.lora_A = _linear(torch.empty(self.r, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = _linear(torch.empty(self.out_features, self.r, dtype=torch.float32, device=device))
         self.lora_magnitude_vector = nn.Parameter(self._row_norms(0)) if use_dora else None
         self.reset_parameters(generator)
 
@@ -123,7 +123,7 @@ class LoRALinear(nn.Module):
         """Back to the start: A Kaiming-uniform with a = √5 (bound 1/√in), B zero, DoRA's lengths those of W's rows."""
         with torch.no_grad():
             # Drawn on the CPU, so that a seed means the same adapter on every device.
-            initial = torch.empty(self.r, self.in_features)
+            initial = torch.empty(self.r, self.in_features, dtype=torch.float32, device="cpu")
             nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
             self.lora_A.weight.copy_(initial)
             self.lora_B.weight.zero_()

@@ -134,7 +134,7 @@ class NF4Linear(nn.Module):
             self.nested_blocksize = weight.nested.blocksize
             self.register_buffer("nested_codes", weight.nested.codes)
             self.register_buffer("nested_absmax", weight.nested.absmax)
-            self.register_buffer("nested_offset", torch.tensor(weight.nested.offset, dtype=torch.float32))
+            self.register_buffer("nested_offset", torch.tensor(weight.nested.offset, dtype=torch.float32, device="cpu"))
         self._made: tuple[tuple[int, torch.dtype], tuple[Tensor | None, ...], NF4Tensor] | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 

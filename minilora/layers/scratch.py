@@ -32,7 +32,7 @@ def borrow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
     if held is None or held.numel() < size:
         held = _local.bytes = None          # free the smaller one before the larger is made
         with torch.inference_mode(False):   # a tensor born in inference mode could not be used outside it
-            held = _local.bytes = torch.empty(size, dtype=torch.uint8)
+            held = _local.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     return held[:size].view(dtype).view(shape)
 
 

@@ -191,7 +191,7 @@ def pending_nf4(name: str, weight: NF4Tensor) -> list[Pending]:
         parts |= {".nested_absmax": weight.nested.absmax, ".nested_quant_map": DYNAMIC_8BIT}
     if constants is not None:
         parts[".absmax"] = constants
-    parts[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    parts[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     return [Pending(f"{name}.weight{part}", value.dtype, tuple(value.shape), value.detach) for part, value in parts.items()]
 
 

@@ -50,7 +50,7 @@ class _Held(torch.autograd.Function):
 
 
 def _hold(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    held = _Held.apply(torch.empty(0, requires_grad=True), *(tensor.detach() for tensor in tensors))
+    held = _Held.apply(torch.empty(0, device="cpu", requires_grad=True), *(tensor.detach() for tensor in tensors))
     return lambda: held.grad_fn.saved_tensors     # through the tensor: where it dies, older versions of torch free what is kept
 
 
@@ -59,7 +59,7 @@ def _on_host(x: Tensor) -> Tensor:
 
     Trap: such a copy is there only when the GPU's stream has come to it; so what brings it back must be of the same stream.
     """
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
 
 
 class _Recomputed:

@@ -97,7 +97,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     Raises: CheckpointError: a type this loader cannot read, or the file shrank since its header was read.
     """
     dtype = _known_type(entry)
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     view = raw.numpy().data
     try:
         with entry.file.open("rb", buffering=0) as file:

@@ -57,7 +57,7 @@ class Trees:
 
     def mask(self, rows: int) -> Tensor:
         """The definition, as a mask: bool (1, 1, L, rows), True = may attend."""
-        mask = torch.zeros(len(self.asking.positions), rows, dtype=torch.bool)
+        mask = torch.zeros(len(self.asking.positions), rows, dtype=torch.bool, device=self.keys.device)
         for group, (start, stop) in enumerate(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)):
             keys = self.keys[start:stop].long()
             length = len(keys) - len(self.visible)

@@ -194,7 +194,7 @@ class WeightFiles:
         if entry.file.suffix != ".bin":
             return read_tensor(entry)
         lent = self.borrow(key)
-        kept = torch.empty(entry.nbytes, dtype=torch.uint8).view(lent.dtype).view(lent.shape)
+        kept = lent.new_empty(entry.nbytes, dtype=torch.uint8).view(lent.dtype).view(lent.shape)
         if lent.is_contiguous():
             # NumPy copies in this thread alone, and lets others run; torch's copy would take a team (see `ahead`).
             kept.view(-1).view(torch.uint8).numpy()[:] = lent.view(-1).view(torch.uint8).numpy()

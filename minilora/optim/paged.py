@@ -86,7 +86,7 @@ class HostBacking:
 
     def grow(self, pages: int) -> None:
         """See `Backing`."""
-        room = torch.empty(pages, self.page_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+        room = torch.empty(pages, self.page_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         self.pages.extend(room.unbind())
 
     def read(self, page: int, frame: Tensor) -> None:

@@ -222,7 +222,7 @@ class PagedAdamW(AdamW):
                 state[name][piece.start // share : -(-piece.stop // share)] = moment
         if self._bits(param) == 32:
             state = {name: moment.view(param.shape) for name, moment in state.items()}
-        return {"step": torch.tensor(float(self._steps[param])), **state}
+        return {"step": torch.tensor(float(self._steps[param]), dtype=torch.float32, device="cpu"), **state}
 
     def _updated(self) -> list[tuple[int, Tensor]]:
         return [(index, param) for index, param in enumerate(self._parameters()) if param in self._steps]

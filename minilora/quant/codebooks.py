@@ -29,7 +29,7 @@ NF4_CODE: Tensor = torch.tensor([
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-], dtype=torch.float32)
+], dtype=torch.float32, device="cpu")
 NF4_ZERO = 7                # the index of the exact zero
 
 
@@ -66,12 +66,12 @@ def dynamic_map(signed: bool = True) -> Tensor:
     levels = [0.0, 1.0]
     for exponent in range(-6, 1):
         parts = 2 ** (exponent + 6) * (1 if signed else 2)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
         middles = 10.0 ** exponent * ((edges[:-1] + edges[1:]) / 2)
         levels += middles.tolist()
         if signed:
             levels += (-middles).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
 
 
 DYNAMIC_8BIT: Tensor = dynamic_map(signed=True)
