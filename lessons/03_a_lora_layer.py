@@ -22,7 +22,8 @@ x, target = torch.randn(256, 64), torch.randn(256, 64)
 # %% [markdown]
 # ## How it starts
 #
-# The model should be the pretrained one at step 0, so the update must be zero: B A = 0. One zero matrix is enough.
+# The model should be the pretrained one at step 0, so the update must be zero: B A = 0. One zero matrix is enough: B. A is
+# random, Gaussian in the paper (section 4.1), uniform within 1/√in in loralib, in PEFT and here (`kaiming_uniform_`).
 #
 # **Predict.** A is random and B is zero. After the first backward, which of the two has a gradient that is not zero: A, B,
 # both, or none?
@@ -69,18 +70,24 @@ assert usual[-1] < 0.97 * usual[0] and dead[-1] == dead[0]
 # %% [markdown]
 # ## How strong it is
 #
-# The update is multiplied by `scaling` = alpha / r. Alpha is not a learning rate: it is a factor in the forward, and with
-# Adam, whose steps have a fixed size, it decides how far one step moves ΔW.
+# The update is multiplied by `scaling` = alpha / r. With Adam, whose steps have a fixed size, alpha decides how far one step
+# moves ΔW. So tuning it is roughly the same as tuning the learning rate, says the paper (arXiv 2106.09685, section 4.1), if
+# the start is scaled appropriately. What differs: alpha is a factor in the forward as well. A rate is gone when training is
+# over. Alpha stays, and belongs to what an adapter file means: the same A and B with twice the alpha are twice the update.
 #
 # **Predict.** Someone leaves the 1/r out, and uses alpha alone. They train with r = 4, then change r to 64. By what factor
 # does the strength of one step change, compared with the correct layer?
 
 # %%
-def first_step(r, scaling):
+def one_step(r, scaling, lr=1e-3):
     layer = LoRALinear(linear, r=r, alpha=8, generator=torch.Generator().manual_seed(0))
     layer.scaling = scaling
-    fit(layer, steps=1, lr=1e-3)
-    return float(layer.update().detach().norm())
+    fit(layer, steps=1, lr=lr)
+    return layer
+
+
+def first_step(r, scaling, lr=1e-3):
+    return float(one_step(r, scaling, lr).update().detach().norm())
 
 
 right = [first_step(r, 8 / r) for r in (4, 64)]
@@ -90,6 +97,13 @@ print(f"with alpha:     {wrong[0]:.3f} at r = 4, {wrong[1]:.3f} at r = 64: {wron
 factor = (wrong[1] / wrong[0]) / (right[1] / right[0])
 print(f"the mistake makes the step {factor:.1f} times longer")
 assert 15.9 < factor < 16.1                          # 64 / 4
+
+once, by_alpha, by_rate = first_step(4, 8 / 4), first_step(4, 16 / 4), first_step(4, 8 / 4, lr=2e-3)
+print(f"twice the alpha: a step {by_alpha / once:.2f} times as long; twice the rate: {by_rate / once:.2f} times")
+assert abs(by_alpha / by_rate - 1) < 1e-3
+trained = one_step(4, 8 / 4)
+before, trained.scaling = trained.update().detach(), 16 / 4
+assert torch.equal(trained.update(), 2 * before)     # after training a rate would change nothing
 
 # %% [markdown]
 # Sixteen: exactly the ratio of the ranks, and nothing crashes. A hand-copied class in a well-known book had this bug for a

@@ -19,7 +19,7 @@ import minilora
 from minilora import load_model
 from minilora.course.pictures import BLUE, GREY, RED, picture
 from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
-from minilora.llama.safetensors_file import read_header, read_tensor
+from minilora.llama.safetensors_file import map_tensor, read_header, read_tensor
 from minilora.llama.weights import WeightFiles
 from minilora.shapes import shape_of, write_random_checkpoint
 
@@ -53,7 +53,7 @@ print(f"read {len(raw):,} of {tiny.stat().st_size:,} bytes: a weight of shape {t
 # ## One tensor at a time
 #
 # Read a tensor, quantize it, drop the 16-bit form, read the next. In memory are the 4-bit tensors so far, and one in 16
-# bits.
+# bits; two where the next is read while one is quantized, as the package does.
 #
 # **Predict.** The checkpoint of this cell has 368 MB in 16 bits, and about a quarter of that in 4. By how much does a
 # process grow that (a) loads all of it and then quantizes, (b) goes tensor by tensor?
@@ -98,13 +98,15 @@ for name, peak in grown.items():
 assert 360e6 < size < 400e6 and grown["one by one"] < 0.6 * grown["all at once"]
 
 # %% [markdown]
-# One by one the peak is the result and a little; the 16-bit model never stands in memory. That is what lets a 7B model pass
-# through a machine of 8 GB.
+# One by one the peak is the result and a little, the two tensors; the 16-bit model never stands in memory. That is what lets
+# a 7B model pass through a machine of 8 GB.
 #
-# There is one catch. A file that is *mapped* into memory counts as yours, page by page, as it is touched. So the package
-# reads with plain `readinto`, into one buffer.
+# There is one catch. A tensor need not be copied to be read: it can be *mapped*, and is quantized as it lies in the file. But
+# a map counts as yours, page by page, as it is touched. Who maps the whole file has the whole file in the end. So the package
+# maps a tensor at a time, and lets it go while the next is read. Only what is kept gets memory of its own.
 
 # %%
+assert torch.equal(map_tensor(read_header(tiny)[key]), weight)
 print({name: f"{peak / size:.2f} of the file" for name, peak in grown.items()})
 seven_b = shape_of("7b")
 in_16, in_linears = 2 * num_parameters(seven_b) / 1e9, linear_parameters(seven_b)

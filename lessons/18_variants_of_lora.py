@@ -68,6 +68,9 @@ assert switched.scaling == 4 * plain.scaling and put_right.scaling == plain.scal
 #
 #     W' = m · (W + s B A) / ‖W + s B A‖          ‖·‖ of each row
 #
+# The paper writes the norm of each *column*, because its W is (in, out), as its authors say (DoRA #1). Its columns are the rows
+# of our W, and of W in their code and in PEFT.
+#
 # **Predict.** After training, B is made ten times larger. What becomes of the lengths of the rows of W', with LoRA and
 # with DoRA?
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minilora import LoRAConfig, add_lora, load_model, load_tokenizer
+from minilora import LoRAConfig, add_lora, load_model, load_tokenizer, memory_shared
 from minilora.course.pictures import BLUE, GOLD, GREEN, GREY, RED, picture
 from minilora.data import radiology
 from minilora.data.batches import collate
@@ -224,19 +224,23 @@ assert on_each("70b", 4)[0] + on_top < 24e9 < on_each("70b", 2)[0] + on_top
 
 # %% [markdown]
 # Two on paper, and four in practice, since activations and one unpacked weight come on top; in 16 bits eight. It
-# is not free. With gradient checkpointing (lesson 13) a block is computed with three times in a step, in the forward, in
-# its repetition and in the backward, and has to be gathered each time.
+# is not free. A block is gathered for its forward, and once more for its backward. With gradient checkpointing (lesson 13)
+# it is computed again, but right before its backward, and that takes one gathering for both: two in all, as without.
 #
 # **Predict.** How many gigabytes does a process receive for one micro-batch, with four processes?
 
 # %%
-four_bit, sixteen_bit = (3 * 3 / 4 * on_each("70b", 4, bits)[1] for bits in (None, 16))
+four_bit, sixteen_bit = (2 * 3 / 4 * on_each("70b", 4, bits)[1] for bits in (None, 16))
+once_a_step = 2 * 3 / 4 * qlora["70b"].gradients
 print(f"{four_bit / 1e9:.0f} GB, {four_bit / GIGABIT:.0f} s in that office; in 16 bits {sixteen_bit / 1e9:.0f} GB")
-print(f"adapters: {2 * 3 / 4 * qlora['70b'].gradients / 1e9:.1f} GB, once a step")
-assert round(four_bit / 1e9) == 79 and round(sixteen_bit / 1e9) == 308
+print(f"adapters: {once_a_step / 1e9:.1f} GB, once a step: {four_bit / once_a_step:.0f} times less")
+work = Workload("qlora", batch=4, gradient_checkpointing=True)                  # a note for each
+ddp, fsdp = memory_shared.shares(shapes["70b"], work, 4)                        # what `minilora memory --processes 4` counts
+assert (ddp.sent, fsdp.sent) == (once_a_step, once_a_step + four_bit)
+assert (round(four_bit / 1e9), round(sixteen_bit / 1e9), round(four_bit / once_a_step)) == (53, 205, 43)
 
 # %% [markdown]
-# 79, which is sixty times the adapters' traffic. It is gathered as it is stored, in 4 bits; in 16 it would be 308. So:
+# 53, which is 43 times the adapters' traffic. It is gathered as it is stored, in 4 bits; in 16 it would be 205. So:
 # *DDP where the base fits, over any network; FSDP where it does not, over a fast one.* In the package both are a flag of
 # `train`:
 #

@@ -16,6 +16,9 @@ from minilora.course.lesson import Lesson, lesson_paths, lessons_folder, read_le
 from minilora.course.map import ROW
 from minilora.course.progress import EXERCISES, tasks_of
 from minilora.errors import ConfigError
+from minilora.memory import Workload
+from minilora.memory_shared import shares
+from minilora.shapes import shape_of
 
 FOLDER = lessons_folder()
 LESSONS = [pytest.param(read_lesson(path), id=path.stem) for path in lesson_paths().values()]
@@ -185,6 +188,25 @@ def test_the_map_has_a_row_for_each_lesson_with_its_title_files_sources_and_task
             module_texts = [(FOLDER.parent / file).read_text(encoding="utf-8") for file in re.findall(r"`(\S+?)`", files)]
             assert paper in text or any(paper in module for module in module_texts), f"lesson {number}: {paper}"
         assert re.findall(r"`(\w+)`", tasks) == [task.name for task in tasks_of(int(number))]
+
+
+@pytest.mark.parametrize(("number", "said", "never"), [
+    (3, "tuning it is roughly the same as tuning the learning rate", "Alpha is not a learning rate"),
+    (3, "Gaussian in the paper (section 4.1), uniform within 1/√in in loralib, in PEFT and here", None),
+    (9, "the package maps a tensor at a time, and lets it go while the next is read", "readinto"),
+    (9, "two where the next is read while one is quantized, as the package does", "and one in 16 bits."),
+    (18, "The paper writes the norm of each *column*, because its W is (in, out)", None),
+    (19, "that takes one gathering for both: two in all, as without", "computed with three times")])
+def test_a_lesson_says_of_papers_and_package_what_they_say(number: int, said: str, never: str | None) -> None:
+    text = " ".join(prose(read_lesson(lesson_paths()[number])).split())
+    assert said in text and (never is None or never not in text)
+
+
+def test_lesson_19_sends_what_the_package_counts() -> None:
+    ddp, fsdp = shares(shape_of("70b"), Workload("qlora", batch=4, gradient_checkpointing=True), 4)
+    gathered = fsdp.sent - ddp.sent
+    said = f"{gathered / 1e9:.0f}, which is {gathered / ddp.sent:.0f} times the adapters' traffic"
+    assert said in prose(read_lesson(lesson_paths()[19]))
 
 
 def test_every_lesson_has_an_exercise_and_every_exercise_a_lesson() -> None:

@@ -14,7 +14,8 @@ def lora_forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, alph
 def lora_start(in_features: int, out_features: int, r: int) -> tuple[Tensor, Tensor]:
     """A and B before the first step: the layer computes what it did, and yet it can learn.
 
-    Returns: A (r, in) and B (out, r); the entries of the random one are uniform within 1 / sqrt(in).
+    Returns: A (r, in) and B (out, r); the entries of the random one are uniform within 1 / sqrt(in), on both sides of zero, as
+        in PEFT and loralib; the paper draws them from a Gaussian.
     """
     raise NotImplementedError
 

@@ -12,7 +12,7 @@ def tensor_places(file: bytes) -> dict[str, tuple[int, int]]:
 
 
 def streaming_peak(sizes: Sequence[int]) -> float:
-    """The most bytes in memory at once, where each tensor is read in 16 bits, quantized, and its 16-bit form dropped.
+    """The most bytes in memory at once, where each tensor is read in 16 bits, quantized, and dropped before the next is read.
 
     Args: sizes: bytes of the tensors in 16 bits, in the order in which they are read.  A weight takes 4.127 bits after.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def adamw_step(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, weight_decay: float
                ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step number `step` (the first is 1) of AdamW, with betas 0.9 and 0.999 and eps 1e-8.
+    """Step number `step` (the first is 1) of AdamW, with betas 0.9 and 0.999, and eps 1e-8 beside the root of the corrected v.
 
     Args: all tensors have one shape, float32; m and v are the moments before the step.
     Returns: the new parameter, m and v.

@@ -21,7 +21,7 @@ def accumulate(model: LlamaForCausalLM, batches: list[Batch]) -> float:
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     """The rate of step 1 ... total: a straight line up to the peak, then half a cosine down.
 
-    The line takes round(total * warmup) steps, at least one unless warmup is 0, and its last step has the peak.  The cosine
-    would reach 0 one step after the last.
+    The line takes w = round(total * warmup) steps, at least one unless warmup is 0, and its last step has the peak.  The cosine
+    goes from the peak at step w, which is 0 without warm-up, to 0 at step total + 1: no step of the run has the rate 0.
     """
     raise NotImplementedError

@@ -44,9 +44,12 @@ def _start(in_features: int, out_features: int, r: int) -> Pair:
 def _facts(answer: Callable[..., Pair], in_features: int, out_features: int, r: int) -> dict[str, Any]:
     torch.manual_seed(0)
     a, b = answer(in_features, out_features, r)
+    a = a.detach().float()
     bound = 1 / math.sqrt(in_features)
     return {"shape of A": list(a.shape), "shape of B": list(b.shape), "A is all zero": not a.any(),
-            "B is all zero": not b.any(), "largest |A| is about 1/sqrt(in)": bool(0.9 * bound < a.abs().max() <= bound)}
+            "B is all zero": not b.any(), "largest |A| is about 1/sqrt(in)": bool(0.9 * bound < a.abs().max() <= bound),
+            "rank of A": int(torch.linalg.matrix_rank(a)), "A reaches as far below zero": bool(a.min() < -0.9 * bound),
+            "spread of A is that of a uniform one": bool(abs(a.std() * math.sqrt(3) / bound - 1) < 0.2)}
 
 
 def _gradients(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, grad_y: Tensor) -> Pair:
@@ -107,8 +110,16 @@ TASKS = (
                 lambda i, o, r: ((torch.rand(r, i) * 2 - 1) / math.sqrt(i), torch.randn(o, r))),
         Mistake("you made A zero and B random: it would learn as well, but LoRA (and every adapter file) has it the other way",
                 lambda i, o, r: (torch.zeros(r, i), torch.randn(o, r))),
-        Mistake("A is normal with a spread of 1: its entries should lie within 1/sqrt(in), or wide layers get huge updates",
-                lambda i, o, r: (torch.randn(r, i), torch.zeros(o, r))))),
+        Mistake("A is too large: its entries should lie within 1/sqrt(in), or wide layers get huge updates",
+                lambda i, o, r: (torch.randn(r, i), torch.zeros(o, r))),
+        Mistake("A is normal, as in the paper: here it is uniform, and no entry lies beyond 1/sqrt(in)",
+                lambda i, o, r: (torch.randn(r, i) / math.sqrt(3 * i), torch.zeros(o, r))),
+        Mistake("no entry of A is negative: uniform within 1/sqrt(in) is from -1/sqrt(in) to 1/sqrt(in), and torch.rand goes "
+                "from 0 to 1", lambda i, o, r: (torch.rand(r, i) / math.sqrt(i), torch.zeros(o, r))),
+        Mistake("all rows of A are the same, so r of them are worth one: draw each entry by itself",
+                lambda i, o, r: ((torch.rand(1, i) * 2 - 1).expand(r, i) / math.sqrt(i), torch.zeros(o, r))),
+        Mistake("A has rank 1, r of its rows are worth one: draw each entry by itself, on both sides of zero",
+                lambda i, o, r: (torch.full((r, i), 1 / math.sqrt(i)), torch.zeros(o, r))))),
     Task("lora_gradients", _gradients, fixed=(), random=_draw_gradients, mistakes=(
         Mistake("the scaling is missing: it is a factor of y, so it is one of both gradients", _unscaled_gradients),
         Mistake("you returned them in the other order: A's gradient comes first", _swapped_gradients),

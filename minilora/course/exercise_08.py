@@ -1,6 +1,8 @@
 """Exercise 08: RMSNorm, the rotation of positions, shared key/value heads, and SwiGLU."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,15 +78,29 @@ def _repeated(k: Tensor, q: Tensor) -> Tensor:
     return k.repeat_interleave(len(q) // len(k), 0)
 
 
+def _read(head: Callable[[int, int, int], int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention in which query head h reads the key/value head that is given for h, H and Hkv."""
+    def answer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        of = [head(h, len(q), len(k)) for h in range(len(q))]
+        return _attend(q, k[of], v[of])
+    return answer
+
+
+def _heads(generator: torch.Generator, heads: int, shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(count, 5, 8, generator=generator) for count in (heads, shared, shared))
+    return q, k, v
+
+
 def _draw_heads(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    return (torch.randn(4, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator),
-            torch.randn(2, 5, 8, generator=generator))
+    return _heads(generator, *HEADS[int(torch.randint(len(HEADS), (), generator=generator))])
 
 
 def _draw_pair(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(3, 6, generator=generator) * 2, torch.randn(3, 6, generator=generator)
 
 
+# Heads of queries, and of keys and values.  First those where a wrong head is there: to read one that is not there only raises.
+HEADS = ((6, 3), (4, 4), (4, 2), (6, 2), (8, 2), (4, 1))
 TASKS = (
     Task("rms_norm", _norm, fixed=((torch.tensor([[3.0, -1.0, 2.0]]), torch.ones(3)),), random=_draw_norm, mistakes=(
         Mistake("you subtracted the mean: that is LayerNorm; RMSNorm only divides", _layer_norm),
@@ -98,9 +114,14 @@ TASKS = (
         Mistake("you turned the other way: (x1 cos - x2 sin, x2 cos + x1 sin)", _backwards),
         Mistake("all pairs turn at the same speed: pair i has the frequency 10000^(-2i/d)", _one_frequency),
         Mistake("positions begin at 0: the first token is not turned at all", _from_one))),
-    Task("shared_heads", _shared_heads, fixed=(), random=_draw_heads, tolerance=1e-4, mistakes=(
-        Mistake("query head h reads key head h // 2 here, not h % 2: neighbours share",
-                lambda q, k, v: _attend(q, k.repeat(2, 1, 1), v.repeat(2, 1, 1))),
+    Task("shared_heads", _shared_heads, random=_draw_heads, tolerance=1e-4,
+         fixed=tuple(_heads(torch.Generator().manual_seed(0), *counts) for counts in HEADS), mistakes=(
+        Mistake("query head h reads key head h // (H // Hkv), not h % Hkv: neighbours share",
+                _read(lambda h, heads, shared: h % shared)),
+        Mistake("you divided h by the number of key heads: H // Hkv query heads share one, so divide by that",
+                _read(lambda h, heads, shared: h // shared)),
+        Mistake("you wrote down that two query heads share a key head: it is H // Hkv of them",
+                _read(lambda h, heads, shared: h // 2)),
         Mistake("a position may not see the ones after it: the mask is missing",
                 lambda q, k, v: _attend(q, _repeated(k, q), _repeated(v, q), causal=False)),
         Mistake("scores are divided by the root of the head's size",

@@ -43,6 +43,18 @@ def _uncorrected(param: Tensor, m: Tensor, v: Tensor, step: int, lr: float, deca
     return param * (1 - lr * decay) - lr * m / (v.sqrt() + EPS)
 
 
+def _no_eps(param: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float) -> Tensor:
+    return param * (1 - lr * decay) - lr * m / (1 - BETA1 ** step) / (v / (1 - BETA2 ** step)).sqrt()
+
+
+def _eps_inside(param: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float) -> Tensor:
+    return param * (1 - lr * decay) - lr * m / (1 - BETA1 ** step) / (v / (1 - BETA2 ** step) + EPS).sqrt()
+
+
+def _eps_before_correction(param: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float) -> Tensor:
+    return param * (1 - lr * decay) - lr * m / (1 - BETA1 ** step) * math.sqrt(1 - BETA2 ** step) / (v.sqrt() + EPS)
+
+
 def _no_root(param: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float) -> Tensor:
     return param * (1 - lr * decay) - lr * m / (1 - BETA1 ** step) / (v / (1 - BETA2 ** step) + EPS)
 
@@ -76,10 +88,16 @@ def _moment(generator: torch.Generator) -> tuple[Tensor]:
 ZERO = torch.zeros(2)
 TASKS = (
     Task("adamw_step", _package, random=_draw, tolerance=1e-4,
-         fixed=((torch.tensor([1.0, -2.0]), torch.tensor([1e-3, 5.0]), ZERO, ZERO, 1, 0.1, 0.0),), mistakes=(
+         fixed=((torch.tensor([1.0, -2.0]), torch.tensor([1e-3, 5.0]), ZERO, ZERO, 1, 0.1, 0.0),
+                (torch.tensor([1.0, -2.0]), torch.tensor([1e-8, 1e-7]), ZERO, ZERO, 1, 0.1, 0.0),
+                (torch.tensor([1.0, -2.0]), torch.tensor([0.0, 5.0]), ZERO, ZERO, 1, 0.1, 0.1)), mistakes=(
         Mistake("the moments start at zero, so the first ones are too small: divide m by 1 - beta1^t, v by 1 - beta2^t",
                 _with(_uncorrected)),
         Mistake("divide by the square root of v, not by v", _with(_no_root)),
+        Mistake("eps is missing: of an entry that never had a gradient m and v are zero, and 0 / 0 is NaN", _with(_no_eps)),
+        Mistake("eps is added to the root of v, not to v under it", _with(_eps_inside)),
+        Mistake("eps is added after the correction of v, not before: else it is larger in the first steps",
+                _with(_eps_before_correction)),
         Mistake("you went uphill: the step is subtracted", _with(_plus)),
         Mistake("the first step is t = 1: you corrected as if it were one step later", _with(_one_late)),
         Mistake("you added the decay to the gradient: that is Adam with L2. AdamW shrinks the weight by itself, 1 - lr * decay",

@@ -68,12 +68,15 @@ TASKS = (
         Mistake("you never write a page back: what was changed in it is lost", _never_written),
         Mistake("a page that was written back once counts as changed for ever: it comes back clean",
                 _pager_with(_touch, keeps_dirt=True)))),
-    Task("moment_bytes", moment_bytes, fixed=((65_536, 32), (65_536, 8), (100_000, 8), (1000, 8), (1000, 32)), mistakes=(
+    Task("moment_bytes", moment_bytes, mistakes=(
         Mistake("there are two moments", lambda size, bits: moment_bytes(size, bits) // 2),
         Mistake("8-bit blocks have a float32 constant for every 256 elements, of each moment",
                 lambda size, bits: 8 * size if bits == 32 or size < 4096 else 2 * size),
         Mistake("a parameter of fewer than 4,096 elements keeps its moments in float32",
                 lambda size, bits: 8 * size if bits == 32 else 2 * (size + 4 * -(-size // 256))),
+        Mistake("a parameter of exactly 4,096 elements has 8-bit moments already: fewer stay in float32",
+                lambda size, bits: moment_bytes(size, 32 if size <= 4096 else bits)),
         Mistake("the last block may be short, and has a constant as well: round the number of blocks up",
-                lambda size, bits: 8 * size if bits == 32 or size < 4096 else 2 * (size + 4 * (size // 256))))),
+                lambda size, bits: 8 * size if bits == 32 or size < 4096 else 2 * (size + 4 * (size // 256)))),
+         fixed=((65_536, 32), (65_536, 8), (100_000, 8), (1000, 8), (1000, 32), (4096, 8))),
 )

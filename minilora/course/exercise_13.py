@@ -33,32 +33,15 @@ def _run(answer: Callable[[Block, Tensor], Tensor], seed: int, input_needs_gradi
     with saved_tensors_hooks(keep, lambda tensor: tensor), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         y = answer(block, x)
+    torch.rand(5)           # as layers above do; without it a generator that was put back would end where the forward left it
+    state = torch.get_rng_state()
     if y.requires_grad:
         y.square().sum().backward()
+    moved = not torch.equal(torch.get_rng_state(), state)
     first = block[0].weight.grad
     return {"y": y.detach(), "inner activations kept": len(kept) > 0, "gradient of the block's first weight": first,
-            "gradient of x": x.grad if input_needs_gradient else 0, "calls of the block": len(calls)}
-
-
-class _Recompute(torch.autograd.Function):
-    """As many write it: the second forward draws its dropout anew, and a gradient flows only where x needs one."""
-
-    @staticmethod
-    def forward(ctx: Any, block: Block, x: Tensor) -> Tensor:
-        """block(x), without a graph."""
-        ctx.block = block
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return block(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """Once more, with a graph."""
-        x, = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            torch.autograd.backward(ctx.block(x), grads)
-        return None, x.grad
+            "gradient of x": x.grad if input_needs_gradient else 0, "calls of the block": len(calls),
+            "the backward moves the random generator": moved}
 
 
 def _new_dropout(block: Block, x: Tensor) -> Tensor:
@@ -68,6 +51,14 @@ def _new_dropout(block: Block, x: Tensor) -> Tensor:
 
 def _reentrant(block: Block, x: Tensor) -> Tensor:
     y: Tensor = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+    return y
+
+
+def _left_rewound(block: Block, x: Tensor) -> Tensor:
+    state = torch.get_rng_state()
+    y = recompute(block, x)
+    if y.requires_grad:
+        y.register_hook(lambda grad: torch.set_rng_state(state))            # before the second call, which puts it back to this
     return y
 
 
@@ -90,6 +81,8 @@ TASKS = (
         Mistake("nothing gets a gradient: without a graph the block has to be called again in backward", _without_graph),
         Mistake("the second call drops other entries than the first: put the random state back before it "
                 "(torch.get_rng_state)", _new_dropout),
+        Mistake("the random generator stays where you put it for the second call: what follows draws the same numbers once "
+                "more. Keep the state that it has in backward, and put that back after the call", _left_rewound),
         Mistake("where x needs no gradient the block's weights get none, silently: the embeddings below LoRA are frozen, so "
                 "that is the usual case", _reentrant),
         Mistake("the block is called once too often: once in the forward, once in the backward", _twice_now))),

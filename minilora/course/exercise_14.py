@@ -67,6 +67,19 @@ def _rising(total: int, warmup: float) -> int:
     return max(1, round(total * warmup)) if warmup else 0
 
 
+def _rises_for(steps: Callable[[float], int]) -> Callable[[int, int, float, float], float]:
+    """The right rate, but for how a number of warm-up steps is rounded."""
+    def rate(step: int, total: int, peak: float, warmup: float) -> float:
+        return learning_rate(step, total, peak, max(1, steps(total * warmup)) / total if warmup else 0.0)
+    return rate
+
+
+def _begins_at_one(step: int, total: int, peak: float, warmup: float) -> float:
+    begin = max(1, _rising(total, warmup))
+    return learning_rate(step, total, peak, warmup) if step < begin else peak * _half_cosine(
+        (step - begin) / (total - begin + 1))
+
+
 def _reaches_zero(step: int, total: int, peak: float, warmup: float) -> float:
     rising = _rising(total, warmup)
     return peak * step / rising if step <= rising else peak * _half_cosine((step - rising) / max(1, total - rising))
@@ -104,11 +117,15 @@ TASKS = (
                 _weighted(lambda batch, batches: 1 / sum(each.labels.numel() for each in batches))))),
     Task("learning_rate", learning_rate,
          fixed=((1, 100, 1.0, 0.1), (10, 100, 1.0, 0.1), (11, 100, 1.0, 0.1), (55, 100, 2e-4, 0.1), (100, 100, 1.0, 0.1),
-                (1, 1, 1.0, 0.0), (1, 10, 1.0, 0.0), (10, 10, 1.0, 0.03)), mistakes=(
+                (1, 1, 1.0, 0.0), (1, 10, 1.0, 0.0), (10, 10, 1.0, 0.03), (2, 10, 1.0, 0.17), (2, 10, 1.0, 0.24)), mistakes=(
         Mistake("the last step has the rate 0, so it does nothing: let the cosine reach 0 one step after it", _reaches_zero),
         Mistake("the first step has the rate 0, so it does nothing: step 1 of w warm-up steps has peak / w", _from_zero),
         Mistake("the rate falls in a straight line: it is half a cosine", _linear),
         Mistake("the cosine begins where the warm-up *ends*, at the peak", _ignores_warmup),
+        Mistake("without warm-up the cosine begins at step 0, one step before the first: so it reaches 0 one after the last",
+                _begins_at_one),
+        Mistake("you cut the number of warm-up steps off: it is round(total * warmup)", _rises_for(int)),
+        Mistake("you rounded the number of warm-up steps up: it is round(total * warmup)", _rises_for(math.ceil)),
         Mistake("there is no warm-up: for the first warmup * total steps the rate rises from 0 to the peak",
                 lambda step, total, peak, warmup: learning_rate(step, total, peak, 0.0)))),
 )

@@ -78,12 +78,15 @@ def _spelled(generator: torch.Generator) -> tuple[list[str], list[str]]:
 
 FIXED = (["CT Brain", "ct  brain", "CT Abdomen W Contrast", "MRI"],
          ["CT Brain", "CT Brain", "CT Abdomen WO Contrast", "MRI Knee"])
+SPACED = (["CTBrain", "CT Brain"], ["CT Brain", "CT Brain"])
 TASKS = (
-    Task("exact_match", _exact, fixed=(FIXED,), random=_spelled, mistakes=(
+    Task("exact_match", _exact, fixed=(FIXED, SPACED), random=_spelled, mistakes=(
         Mistake("compare without case and runs of spaces: 'ct  brain' is the answer 'CT Brain'",
                 _matching(lambda p, r: p == r)),
         Mistake("you still compare runs of spaces: 'CT  Brain' is the answer 'CT Brain'",
                 _matching(lambda p, r: p.casefold() == r.casefold())),
+        Mistake("'CTBrain' is not 'CT Brain': make one space of a run, do not take spaces out",
+                _matching(lambda p, r: "".join(p.casefold().split()) == "".join(r.casefold().split()))),
         Mistake("an answer that is contained in the right one is not right: 'MRI' is not 'MRI Knee'",
                 _matching(lambda p, r: " ".join(p.casefold().split()) in r.casefold())),
         Mistake("that is the number of right answers: divide by the number of rows",

@@ -115,7 +115,8 @@ TASKS = (
                 _with_lengths(lambda weight, update, m: m * (weight + update))),
         Mistake("you divided by the lengths of W's rows: it is those of W + s B A, with the update in it",
                 _with_lengths(lambda weight, update, m: m * (weight + update) / _rows(weight))),
-        Mistake("those are the lengths of columns: m has one for each *output*, a row of W",
+        Mistake("those are the lengths of columns: m has one for each *output*, a row of W (the paper's columns: its W is "
+                "(in, out))",
                 _with_lengths(lambda weight, update, m: m * (weight + update) / (weight + update).norm(dim=0))),
         Mistake("you divided by the norm of the whole matrix: each row has its own",
                 _with_lengths(lambda weight, update, m: m * (weight + update) / (weight + update).norm())),
