@@ -7,7 +7,7 @@ The arithmetic is 16- or 32-bit; only the storage is 4-bit (QLoRA section 3, equ
 alive from forward to backward, for every layer at once: the whole model in 16 bits.  So the function saves the packed
 tensor, which is alive anyway, and pays for a second rebuild instead.
 
-Ŵ is rebuilt in one of two places: for a few rows of x in registers, without ever being written to memory (`fused`), for
+Ŵ is rebuilt in one of two places: for a few rows of x in registers, without ever being written to memory (`NF4Tensor.fused_product`), for
 more in the buffer that all layers share (`scratch`), where torch's own product reads it.
 
 Lesson 07 explains it.
@@ -135,7 +135,7 @@ class NF4Linear(nn.Module):
             self.register_buffer("nested_codes", weight.nested.codes)
             self.register_buffer("nested_absmax", weight.nested.absmax)
             self.register_buffer("nested_offset", torch.tensor(weight.nested.offset, dtype=torch.float32, device="cpu"))
-        self._made: tuple[tuple[int, torch.dtype], tuple[Tensor | None, ...], NF4Tensor] | None = None
+        self._made: tuple[tuple[float, torch.dtype], tuple[Tensor | None, ...], NF4Tensor] | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -154,7 +154,7 @@ class NF4Linear(nn.Module):
         (load_state_dict): a token in decoding asks for hundreds.
         """
         parts = (*self._buffers.values(), *(self._parameters[name] for name in self.SHARED if name in self._parameters))
-        state = self.nested_offset._version if self.double_quant else 0, self.weight_dtype
+        state = self._offset_state(), self.weight_dtype
         if self._made is not None and self._made[0] == state and all(map(is_, self._made[1], parts)):
             return self._made[2]
         shape = torch.Size((self.out_features, self.in_features))
@@ -165,6 +165,12 @@ class NF4Linear(nn.Module):
             made = NF4Tensor(self.packed, shape, self.weight_dtype, self.blocksize, stored_absmax=self.absmax)
         self._made = state, parts, made
         return made
+
+    def _offset_state(self) -> float:
+        """Another number once the offset was written to; a tensor born in inference mode does not count that."""
+        if not self.double_quant:
+            return 0
+        return float(self.nested_offset) if self.nested_offset.is_inference() else self.nested_offset._version
 
     def share_out(self) -> None:
         """Make the codes and constants parameters, frozen ones: the kind of tensor that FSDP deals out over processes."""

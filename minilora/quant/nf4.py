@@ -141,11 +141,14 @@ class NF4Tensor:
 
         Args:
             dtype: floating type of the result; default that of `out`, else the original's.
-            out: contiguous buffer of `self.shape` on the same device to write into.
+            out: contiguous buffer of `self.shape` on the same device to write into, as a change that autograd knows of.
 
         Returns: `out`, or a new tensor of `self.shape`.
-        Raises: QuantizationError when `out` has another shape, device, layout or (if given) dtype, or a type is no float.
+        Raises: QuantizationError when `out` has another shape, device, layout or (if given) dtype, or is no buffer, or a
+            type is no float.
         """
+        if out is not None and (not isinstance(out, Tensor) or not out.is_leaf):
+            raise QuantizationError("out must be a tensor that is written into, not the result of something differentiated")
         kind = dtype or (self.dtype if out is None else out.dtype)
         if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
             raise QuantizationError(f"4-bit weights come out in a floating type such as torch.bfloat16, not {kind!r}")
@@ -161,6 +164,8 @@ class NF4Tensor:
         else:
             reference.dequantize_packed(self.packed.view(-1), self.absmax, _tables(self.device)[0], self.blocksize,
                                         out.detach().view(-1))
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)     # compiled code writes where autograd does not see it
         return out
 
     def fused_product(self, x: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:

@@ -239,3 +239,23 @@ def test_all_seven_linears_of_every_block_are_adapted_by_default(tmp_path: Path)
                          "mlp.up_proj", "mlp.down_proj")]
         # r · (in + out) of each, written out for the shape of tests/models.py: hidden 64, key/value 32, inner 128, r 16.
         assert trainable_parameters(model)[0] == 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.003), (torch.float16, 1.001)])
+def test_dora_in_16_bits_sees_a_length_that_moved_by_less_than_a_step(dtype: torch.dtype, factor: float) -> None:
+    """1.003 is 1 in bfloat16: rounded before 1 is taken off, such a change is lost in forward, but not in a merge."""
+    layer = LoRALinear(nn.Linear(256, 64, bias=False).to(dtype), r=4, use_dora=True)
+    x = torch.randn(400, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        before = layer(x).double()
+        layer.lora_magnitude_vector.mul_(factor)      # type: ignore[union-attr]
+        moved, merged = layer(x).double(), x.double() @ layer.merged_weight().double().T
+    found = float((moved * before).sum() / (before * before).sum())
+    assert found - 1 == pytest.approx(factor - 1, rel=0.1)
+    assert (moved - merged).norm() < 2.0 ** -8 * merged.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dora_gives_xs_type_whatever_the_biass_is(training: bool) -> None:
+    layer = LoRALinear(NF4Linear.from_linear(nn.Linear(8, 8)), r=2, use_dora=True, dropout=0.1).train(training)
+    assert layer(torch.ones(1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16

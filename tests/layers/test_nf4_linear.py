@@ -171,3 +171,17 @@ def test_a_weight_that_moved_is_read_where_it_lies_now(double_quant: bool) -> No
     torch.testing.assert_close(layer(x).double(), expected[1], rtol=2 ** -7, atol=1e-3)
     for other in copied:
         torch.testing.assert_close(other(x).double(), expected[0], rtol=2 ** -7, atol=1e-3)
+
+
+def test_a_layer_made_in_inference_mode_computes_inside_it_and_outside() -> None:
+    weight, x = torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), torch.ones(2, 32)
+    expected = NF4Linear(quantize_nf4(weight))(x)
+    other = NF4Linear(quantize_nf4(2 * weight))
+    with torch.inference_mode():
+        layer = NF4Linear(quantize_nf4(weight))
+        assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    with torch.inference_mode():
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x)), "an old offset is kept"

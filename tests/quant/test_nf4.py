@@ -294,3 +294,22 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         NF4Tensor(q.packed, (8, 64), torch.float32, 0, q.absmax)
     with pytest.raises(QuantizationError, match="uint8"):
         NF4Tensor(q.packed.int(), (8, 64), torch.float32, 64, q.absmax)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_writing_into_a_buffer_is_a_change_that_autograd_finds(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fast:
+        monkeypatch.setattr("minilora.quant.nf4._kernel", lambda device, dtype: None)
+    q, buffer, x = quantize_nf4(torch.ones(8, 8)), torch.ones(8, 8), torch.ones(8, 8, requires_grad=True)
+    y = (buffer * x).sum()
+    q.dequantize(out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        assert q.dequantize(out=torch.empty(8, 8)).is_inference()
+
+
+@pytest.mark.parametrize("out", [[1], torch.ones(8, 8, requires_grad=True) * 2])
+def test_what_is_no_buffer_is_refused(out: object) -> None:
+    with pytest.raises(QuantizationError, match="out must be a tensor that is written into"):
+        quantize_nf4(torch.ones(8, 8)).dequantize(out=out)      # type: ignore[arg-type]
