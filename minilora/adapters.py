@@ -170,6 +170,9 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
                               "at its start; convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)")
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias {raw['bias']!r:.60} is not supported, only 'none'")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(raw.get(key), (bool, type(None))):        # "false" would count as true
+            raise CheckpointError(f"{path}: {key} must be true or false, not {raw[key]!r:.40}")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in raw]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
@@ -178,7 +181,7 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
         raise CheckpointError(f"{path}: target_modules must be a list of names, found {targets!r:.80}")
     try:
         config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(sorted(targets)),
-                            bool(raw.get("use_rslora", False)), bool(raw.get("use_dora", False)))
+                            bool(raw.get("use_rslora")), bool(raw.get("use_dora")))
     except (ConfigError, OverflowError) as error:       # Trap: of 10 ** 400 nobody can say whether it is finite
         raise CheckpointError(f"{path}: {error!s:.200}") from None
     return config, raw

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from minilora.adapters import base_quantization, load_adapter, read_adapter_config, read_extra, save_extra
 from minilora.data.tables import read_labels, write_labels
 from minilora.errors import ConfigError
-from minilora.files import check_output, new_folder
+from minilora.files import MODEL_FILES, Kind, check_output, new_folder
 from minilora.hub import resolve_model
 from minilora.layers.merge import MergeError, merge_lora
 from minilora.layers.nf4_linear import NF4Linear
@@ -24,7 +24,7 @@ from minilora.llama.tokenizer import read_tokenizer
 from minilora.loading import DTYPES, load_model, pick_device
 from minilora.own_base import own_base
 
-MARKER = "config.json"      # without it a folder is no model, and is not overwritten
+KIND = Kind("config.json", MODEL_FILES)
 
 
 def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_quant: bool = True, dtype: str = "bfloat16",
@@ -34,7 +34,7 @@ def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_qua
     Returns: a sentence with sizes and bits per weight.
     Raises: OutputError, CheckpointError, HubError, ConfigError.
     """
-    check_output(out, overwrite, MARKER)
+    check_output(out, overwrite, KIND, reads=(model,))
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
     if blocksize < 1:
@@ -43,7 +43,7 @@ def quantize_folder(model: str, out: str | Path, blocksize: int = 64, double_qua
     tokenizer = read_tokenizer(folder)
     loaded = load_model(folder, double_quant=double_quant, dtype=DTYPES[dtype], blocksize=blocksize, pad_vocab=pad_vocab,
                         progress=not quiet)
-    with new_folder(out, overwrite, MARKER) as temporary:
+    with new_folder(out, overwrite, KIND) as temporary:
         save_quantized(loaded, temporary)
         tokenizer.save(temporary)
         _keep_task(loaded, folder, temporary)
@@ -64,7 +64,7 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
     Returns: a sentence with the measured error, over all adapted layers.
     Raises: OutputError, CheckpointError, HubError, ConfigError.
     """
-    check_output(out, overwrite, MARKER)
+    check_output(out, overwrite, KIND, reads=(model, adapter))
     if into not in ("16bit", "4bit", "original"):
         raise ConfigError(f"into must be 16bit, 4bit or original, not {into!r}")
     on = pick_device(device)
@@ -101,7 +101,7 @@ def merge_folder(model: str, adapter: str | Path, out: str | Path, into: str = "
                    on_layer=measured)
     if wide:
         loaded.to(dtype)        # embeddings, norms and head
-    with new_folder(out, overwrite, MARKER, mode=0o700) as temporary:
+    with new_folder(out, overwrite, KIND, mode=0o700) as temporary:
         if into == "4bit":
             save_quantized(loaded, temporary)
         else:

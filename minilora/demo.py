@@ -15,7 +15,7 @@ from minilora.data.radiology import PROTOCOLS, RULES, labels, write_dataset
 from minilora.data.radiology.notes import WORKED_EXAMPLE
 from minilora.data.tables import read_table, write_labels
 from minilora.evaluate import Evaluation, format_table
-from minilora.files import check_output, write_json
+from minilora.files import Kind, check_output, write_json
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.plots import draw_demo
 from minilora.predict import Predictor
@@ -23,6 +23,7 @@ from minilora.score import read_beside, score_table
 from minilora.train import train
 
 NOTES = 20_000
+KIND = Kind("data/train.csv", ("data", "run", "before", "after", "before.json", "after.json", "demo.png"))
 SETTINGS: dict[str, Any] = {"model": "tiny", "input_column": "note", "label_column": "label", "max_length": 256,
                             "template": "tiny", "epochs": 1, "batch_size": 16, "lr": 2e-3}
 EXPECTED = "CT Abdomen W Contrast"
@@ -49,7 +50,7 @@ def demo(out: str | Path = "demo-out", seed: int = 0, overwrite: bool = False, q
     Raises: OutputError: `out` exists, and is no earlier demo to be overwritten.
     """
     out, started = Path(out), time.perf_counter()
-    check_output(out, overwrite, marker="data/train.csv")
+    check_output(out, overwrite, kind=KIND)
     if out.is_dir():
         shutil.rmtree(out)
     print("1. Data: order notes and protocol labels, written from clinical rules")

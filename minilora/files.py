@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -98,15 +99,33 @@ def write_json(path: str | os.PathLike[str], value: Any, mode: int = 0o644) -> N
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool, marker: str = "") -> None:
+class Kind(NamedTuple):
+    """A kind of folder that is written.
+
+    Attributes: marker: a file that each of them holds. own: patterns of the names of all that may be in one.
+    """
+
+    marker: str
+    own: tuple[str, ...] = ("*",)
+
+
+ANY = Kind("")
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "minilora.json",
+               "labels.txt", "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool, kind: Kind = ANY,
+                 reads: Iterable[str | os.PathLike[str] | None] = ()) -> None:
     """Refuse an output that exists, unless it may be overwritten.
 
     Args:
-        marker: a file that every folder of this kind holds; one without it is somebody else's, and is never replaced.
+        kind: of a folder.  One without the marker is somebody else's, and one with other files as well is also: neither is
+            ever replaced.
+        reads: what the command reads; names that are no paths, as those of a hub, don't matter.
 
     Raises:
-        OutputError: `path` exists (a folder with nothing in it but leftovers doesn't count) and `overwrite` is False, or it
-            lacks the marker, or its parent is a file.
+        OutputError: `path` exists (a folder with nothing in it but leftovers doesn't count) and `overwrite` is False, or it is
+            no folder of this kind alone, or holds what is read, or its parent is a file.
     """
     final = Path(path)
     for parent in final.absolute().parents:
@@ -117,9 +136,17 @@ def check_output(path: str | os.PathLike[str], overwrite: bool, marker: str = ""
     in_use = any(not is_leftover(path) for path in final.iterdir()) if final.is_dir() else final.exists()
     if in_use and not overwrite:
         raise OutputError(f"{final} exists already; choose another output or pass --overwrite")
-    if in_use and marker and not (final / marker).is_file():
-        raise OutputError(f"{final} exists and holds no {marker}, so it is no earlier output of this kind; choose another "
+    if in_use and kind.marker and not (final / kind.marker).is_file():
+        raise OutputError(f"{final} exists and holds no {kind.marker}, so it is no earlier output of this kind; choose another "
                           "output")
+    for inner in sorted(final.iterdir()) if in_use and final.is_dir() else ():
+        if not is_leftover(inner) and not any(fnmatchcase(inner.name, pattern) for pattern in kind.own):
+            raise OutputError(f"{final} holds {inner.name}, which no earlier output of this kind would, and which would be "
+                              "gone with it; move it away, or choose another output")
+    place = final.resolve()
+    for read in (Path(read) for read in reads if read is not None and os.path.exists(read)) if in_use else ():
+        if place in (read.resolve(), *read.resolve().parents):
+            raise OutputError(f"{final} is or holds {read}, which is read here and would be gone; choose another output")
 
 
 def is_leftover(path: Path) -> bool:
@@ -170,7 +197,7 @@ def _take_place(temporary: Path, final: Path) -> Path:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = "", mode: int = 0o755) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False, kind: Kind = ANY, mode: int = 0o755) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name on success and is removed on failure.
 
     Args: mode: permission bits of the result (0o700 for what was made from notes); until then it is its owner's alone.
@@ -179,7 +206,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: st
         OutputError: as `check_output`; or the disk refuses.
     """
     final = Path(path).absolute()
-    check_output(final, overwrite, marker)
+    check_output(final, overwrite, kind)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))

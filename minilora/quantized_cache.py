@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minilora.errors import CheckpointError, OutputError
-from minilora.files import new_folder, write_json
+from minilora.files import Kind, new_folder, write_json
 from minilora.llama.bnb_format import save_quantized
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.model import LlamaForCausalLM
@@ -56,7 +56,7 @@ def load_through_cache(folder: Path, double_quant: bool, blocksize: int, dtype: 
     if read_object(folder / "config.json").get("quantization_config"):
         return model            # is 4-bit itself
     try:
-        with new_folder(copy, overwrite=True, marker=SOURCE_FILE) as temporary:
+        with new_folder(copy, overwrite=True, kind=Kind(SOURCE_FILE)) as temporary:
             save_quantized(model, temporary)
             write_json(temporary / SOURCE_FILE, made_from(folder))
     except OutputError as error:

@@ -17,38 +17,45 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minilora.errors import OutputError
-from minilora.files import TEMPORARY, check_output, clear_leftovers, disk_reason
+from minilora.files import MODEL_FILES, TEMPORARY, Kind, check_output, clear_leftovers, disk_reason
 from minilora.locks import LOCK_FILE, FolderLock, refuse_if_locked
 
 METRICS_FILE, CONFIG_FILE, CHECKPOINTS = "metrics.jsonl", "config.toml", "checkpoints"
+KIND = Kind(CONFIG_FILE, (*MODEL_FILES, CONFIG_FILE, METRICS_FILE, CHECKPOINTS, "adapter_config.json",
+                          "adapter_model.safetensors", "base", "report.html", "evaluation"))
 
 
-def check_run(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_run(folder: Path, resume: bool, overwrite: bool, reads: Iterable[str | Path | None] = ()) -> None:
     """Refuse a run folder that cannot be made, replaced or gone on with; changes nothing.
 
-    Raises: OutputError: it exists and neither flag was given; it is to be replaced or resumed but is no run folder; or a run
-        is in it at this moment.
+    Args: reads: what training reads, which must not be overwritten (`check_output`).
+
+    Raises: OutputError: it exists and neither flag was given; it is to be replaced or resumed but is no run folder, or holds
+        anything else as well; or a run is in it at this moment.
     """
     if resume and not (folder / CONFIG_FILE).is_file():
         raise OutputError(f"{folder} holds no run to resume (no {CONFIG_FILE}); start it without --resume")
     refuse_if_locked(folder)
     if not resume:
-        check_output(folder, overwrite, marker=CONFIG_FILE)
+        check_output(folder, overwrite, KIND, reads)
 
 
-def open_run(folder: Path, resume: bool, overwrite: bool) -> FolderLock:
+def open_run(folder: Path, resume: bool, overwrite: bool, reads: Iterable[str | Path | None] = ()) -> FolderLock:
     """Make the run folder, or clear what a killed write left in the one that is gone on with, and lock it.
+
+    Args: as of `check_run`.
 
     Returns: the lock, to be released at the end.
     Raises: OutputError: see `check_run`; or the disk refuses.
     """
-    check_run(folder, resume, overwrite)
+    check_run(folder, resume, overwrite, reads)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -58,7 +65,7 @@ def open_run(folder: Path, resume: bool, overwrite: bool) -> FolderLock:
         if resume:
             clear_leftovers(folder, keep=LOCK_FILE)
         else:
-            check_output(folder, overwrite, marker=CONFIG_FILE)     # once more: another run may have come and gone
+            check_output(folder, overwrite, KIND, reads)     # once more: another run may have come and gone
             if folder.stat().st_mode & 0o077:       # it stood there already
                 folder.chmod(0o700)
             _clear(folder)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from minilora.embed import Embedder, embed_texts
 from minilora.errors import ConfigError, DataError, MiniloraError
 from minilora.evaluate import RUNNER_UP, Evaluation, evaluate, save_evaluation
 from minilora.evaluation import Scored
-from minilora.files import check_output, file_sha256, new_folder
+from minilora.files import Kind, check_output, file_sha256, new_folder
 from minilora.identity import fingerprint
 from minilora.layers.qlora import base_only
 from minilora.predict import ROWS_AT_ONCE, Prediction, Predictor, chunks
 
+KIND = Kind("metrics.json", ("metrics.json", "predictions.csv"))
 BASE = "base"           # what --embedder calls the model that is scored, its adapter off
 
 
@@ -79,12 +80,14 @@ def score_predictions(predictor: Predictor, answers: Sequence[Prediction], refer
 
 
 def read_scored_table(data: str | Path, input_column: str, label_column: str, out: str | Path,
-                      overwrite: bool = False) -> Table:
+                      overwrite: bool = False, reads: Iterable[str | Path | None] = ()) -> Table:
     """Read the table that `score_table` scores, and find what would stop that before a model is loaded.
+
+    Args: reads: what else is read, which must not be overwritten (`check_output`).
 
     Raises: DataError, OutputError.
     """
-    check_output(out, overwrite, marker="metrics.json")
+    check_output(out, overwrite, KIND, reads=(data, *reads))
     table = read_table(data, input_column, label_column)
     added_columns(data, table.columns, ("prediction", "probability", *RUNNER_UP))
     return table
@@ -184,7 +187,7 @@ def score_table(predictor: Predictor, data: str | Path, input_column: str, label
     twins = find_twins(notes, [row.text for row in beside.train]) if beside.train else None
     evaluation = score_predictions(predictor, answers, references, seed, beside.embedder, others, twins)
     evaluation = dataclasses.replace(evaluation, scored=identify(predictor, data, beside))
-    with new_folder(out, overwrite, marker="metrics.json") as temporary:
+    with new_folder(out, overwrite, KIND) as temporary:
         save_evaluation(evaluation, temporary, [row.values for row in table.rows], [answer.label for answer in answers],
                         [answer.probability for answer in answers],
                         None if predictor.labels is None else [(answer.runner_up, answer.runner_up_probability)

@@ -41,7 +41,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """`minilora evaluate`."""
     from minilora.card import record_scores
     from minilora.score import read_answers, read_beside, read_scored_table, score_table, training_table
-    table = read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite)
+    table = read_scored_table(args.data, args.input_column, args.label_column, args.out, args.overwrite,
+                              reads=(args.model, args.adapter, args.labels, args.train, args.answers))
     train = training_table(args.adapter or args.model)
     if args.train:
         train = Path(args.train), args.input_column, args.label_column

@@ -158,9 +158,9 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     Guarantee: the same config writes the same adapter, byte for byte, on one machine; resumed or not (test_train.py).
     """
     began, team = time.perf_counter(), team or Team()
-    out, full = Path(config.out), config.tune == "full"
+    out, full, reads = Path(config.out), config.tune == "full", (config.model, config.data, config.val, config.template)
     if team.leads:
-        check_run(out, config.resume, config.overwrite)
+        check_run(out, config.resume, config.overwrite, reads)
     if config.resume:
         config.check_resumes(out / "config.toml")
     with team.leader_first():
@@ -206,7 +206,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
         total = min(total, config.max_steps) if config.epochs else config.max_steps
     peak_rate = peak_learning_rate(config, llama.hidden_size)
 
-    with open_run(out, config.resume, config.overwrite) if team.leads else Unlocked() as lock:
+    with open_run(out, config.resume, config.overwrite, reads) if team.leads else Unlocked() as lock:
         if team.leads:
             config.save(out / "config.toml")
             if start and not started:

@@ -181,7 +181,7 @@ def main() -> None:
     rest = [p for p in model.parameters() if all(p is not block for block in blocks)]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(blocks, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        AdamW(rest, lr=args.lr / 2, betas=(0.9, 0.95))]
+        AdamW(rest, lr=args.lr / 2, betas=(0.9, 0.95), weight_decay=0.0)]
     curve, training_started, tokens_done = [], time.perf_counter(), 0
     model.train()
     for step, [rows] in enumerate(epoch_batches([len(e.input_ids) for e in examples], args.batch, 1, args.seed, 0), 1):

@@ -88,7 +88,8 @@ def edit(folder: Path, **changes: object) -> None:
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_bias": True}, "lora_bias"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"init_lora_weights": "OLoRA"}, "OLoRA"),
     ({"init_lora_weights": "loftq"}, "loftq"), ({"use_dora": True, "use_rslora": True}, "lora_magnitude_vector"),
-    ({"lora_alpha": float("inf")}, "alpha must be"), ({"r": 4.0}, "r must be"), ({"target_modules": None}, "target_modules")])
+    ({"lora_alpha": float("inf")}, "alpha must be"), ({"r": 4.0}, "r must be"), ({"target_modules": None}, "target_modules"),
+    ({"use_rslora": "false"}, "use_rslora must be true or false"), ({"use_dora": 1}, "use_dora must be true or false")])
 def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, changes: dict[str, object], words: str) -> None:
     folder = tmp_path / "adapter"
     save_adapter(trained(base), folder)

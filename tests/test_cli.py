@@ -596,9 +596,10 @@ def test_merges_that_make_no_sense_are_refused(world: Path, tmp_path: Path, call
 def test_outputs_of_the_same_kind_are_overwritten_when_asked(world: Path, tmp_path: Path, call: Call) -> None:
     words = ["quantize", world / "base", tmp_path / "small", "--quiet"]
     succeeded(call(*words))
-    (tmp_path / "small" / "old").write_text("gone after this")
+    shard = tmp_path / "small" / "model-00002-of-00009.safetensors"
+    shard.write_text("gone after this")
     succeeded(call(*words, "--overwrite"))
-    assert not (tmp_path / "small" / "old").exists() and [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert not shard.exists() and [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 # Privacy

@@ -80,3 +80,28 @@ def test_names_are_never_both_gone(out: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(files, "_remove", lambda path: seen.append((out / "content").read_text() == "new"))
     write(out, "new")
     assert seen and all(seen)
+
+
+KIND = files.Kind("marker", ("marker", "*.csv"))
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
+    for name in ("marker", "a.csv", ".tmp-left"):
+        (tmp_path / name).write_text("")
+    files.check_output(tmp_path, overwrite=True, kind=KIND)
+    (tmp_path / "important").mkdir()
+    with pytest.raises(OutputError, match="holds important, which no earlier output of this kind would"):
+        files.check_output(tmp_path, overwrite=True, kind=KIND)
+
+
+@pytest.mark.parametrize("read", ["out", "out/a.csv", "out/deep/down", "link", "link/a.csv"])
+def test_what_is_read_is_never_replaced(tmp_path: Path, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    for name in ("marker", "a.csv"):
+        (tmp_path / "out" / name).write_text("")
+    for given in (read, tmp_path / read):
+        with pytest.raises(OutputError, match=r"is or holds .*, which is read here"):
+            files.check_output("out", overwrite=True, kind=files.Kind("marker"), reads=[None, "org/name", given])
+    files.check_output("out", overwrite=True, kind=files.Kind("marker"), reads=[None, "org/name", "out2", tmp_path])

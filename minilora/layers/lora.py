@@ -2,9 +2,10 @@
 
     y = x Wᵀ + b + scaling · (dropout(x) Aᵀ) Bᵀ         A: (r, in), B: (out, r)
 
-A starts Kaiming-uniform (as in PEFT; the paper draws from a normal distribution), B at zero, so step 0 computes the base model exactly; at step 1 only B has a gradient
-(∂L/∂A carries a factor B = 0), from then on both.  ``scaling`` is alpha / r (LoRA, arXiv 2106.09685, section 4.1), so
-that alpha, not r, sets the strength of the update; rsLoRA (arXiv 2312.03732) argues for alpha / √r.
+A starts Kaiming-uniform (as in PEFT; the paper draws from a normal distribution), B at zero, so step 0 computes the base
+model exactly; at step 1 only B has a gradient (∂L/∂A carries a factor B = 0), from then on both.  ``scaling`` is alpha / r
+(LoRA, arXiv 2106.09685, section 4.1), so that alpha, not r, sets the strength of the update; rsLoRA (arXiv 2312.03732) argues
+for alpha / √r.
 
 DoRA (arXiv 2402.09353, section 4) trains a length for each output row beside the direction:
 
@@ -178,7 +179,7 @@ class LoRALinear(nn.Module):
             y if bias is None else y - bias
         with torch.no_grad():
             norms = self._row_norms()
-        # In float32 up to the sum, as in PEFT: near 1 bfloat16 goes in steps of 0.4 and 0.8 %, more than training moves a length.
+        # In float32 up to the sum, as in PEFT: near 1 bfloat16 goes in steps of 0.4 and 0.8 %, more than a length is moved.
         rescale = self.lora_magnitude_vector / norms.clamp(min=SMALLEST_NORM)                                       # (out,)
         return (y + (rescale - 1) * base + rescale * update).to(x.dtype)
 

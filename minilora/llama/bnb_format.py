@@ -229,7 +229,7 @@ def plain_config(model: LlamaForCausalLM, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of weights saved in `dtype`: what the model was read with, less how its file was stored."""
     kept = {key: value for key, value in model.config.to_dict().items() if key not in ("quantization_config", "dtype")}
     # Trap: an adapter on a tied head, once merged, has made the head a matrix of its own.
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    tied = getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight        # a 4-bit head has none
     if model.config.tie_word_embeddings and not tied:
         kept["tie_word_embeddings"] = False
     return {**kept, "torch_dtype": str(dtype).removeprefix("torch.")}

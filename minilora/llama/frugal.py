@@ -175,6 +175,8 @@ class _FastAttention(torch.autograd.Function):
 
 
 class _CausalAttention(torch.autograd.Function):
+    """Trap: called by its name, torch's attention checks nothing; heads that share keys it takes since 2.9 (pyproject.toml)."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y, log_sum = remembered(lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError
+from minilora.errors import CheckpointError, ConfigError
 from minilora.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from minilora.quant.codebooks import DYNAMIC_8BIT, DYNAMIC_8BIT_UNSIGNED
 
@@ -102,6 +102,13 @@ def _update_as_one(updates: list[Update]) -> None:
         torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
+def refuse_sparse(param: Tensor) -> None:
+    """Raises: ConfigError: its gradient is sparse."""
+    if param.grad is not None and param.grad.layout != torch.strided:
+        raise ConfigError(f"AdamW takes dense gradients, not {param.grad.layout}, as torch's does; torch.optim.SparseAdam "
+                          "takes those, and nn.Embedding(sparse=False) makes none")
+
+
 class Moments8bit(NamedTuple):
     """Both moments of n elements in 8 bits: codes (n,) uint8, and absmax (ceil(n / 256),) float32, of each."""
 
@@ -143,23 +150,48 @@ class AdamW(torch.optim.Optimizer):
     """AdamW over any number of parameter groups; its ``state_dict`` has torch's format.
 
     Args:
-        params: parameters or groups. lr: learning rate. betas: decay of the moments. eps: added to the root.
-        weight_decay: λ, decoupled.
+        params: parameters or groups, of real numbers. lr: learning rate. betas: decay of the moments. eps: added to the root.
+        weight_decay: λ, decoupled.  Defaults are torch's.
 
-    Raises: ConfigError: a hyper-parameter out of range.
+    Raises: ConfigError: a hyper-parameter out of range, or parameters or gradients of another kind.
     """
 
+    TYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
-        if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"AdamW needs lr, eps, weight_decay >= 0 and betas in [0, 1), not lr={lr}, eps={eps}, "
-                              f"weight_decay={weight_decay}, betas={betas}")
+                 eps: float = 1e-8, weight_decay: float = 0.01) -> None:
+        try:
+            beta1, beta2 = betas
+            fine = lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
+            raise ConfigError(f"AdamW needs lr, eps, weight_decay >= 0 and two betas in [0, 1), not lr={lr!r}, eps={eps!r}, "
+                              f"weight_decay={weight_decay!r}, betas={betas!r}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     # Trap: torch shields these from its compiler, and imports it for that: a second, and 130 MB that stay.
-    add_param_group, zero_grad, state_dict, load_state_dict = (
+    _add, zero_grad, state_dict, _load_all = (
         inspect.unwrap(getattr(torch.optim.Optimizer, name))
         for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises: ConfigError: a parameter of a type that it does not update."""
+        self._add(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype not in self.TYPES:
+                self.param_groups.pop()
+                raise ConfigError(f"{type(self).__name__} updates parameters of {', '.join(map(str, self.TYPES))}, not of "
+                                  f"{param.dtype}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Raises: ValueError: groups of other sizes (from torch). CheckpointError: the state is of a variant."""
+        for group in state_dict["param_groups"]:
+            variants = [name for name in ("maximize", "amsgrad") if group.get(name)]
+            if variants:
+                raise CheckpointError(f"the optimizer's state was made with {variants[0]}=True, which {type(self).__name__} "
+                                      "does not have")
+        self._load_all(state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,6 +217,7 @@ class AdamW(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                refuse_sparse(param)
                 state = self.state[param]
                 if not state:
                     state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")

@@ -162,7 +162,7 @@ class Pager:
         self.page_bytes, self.device, self.counters = page_bytes, torch.device(device), PagerCounters()
         if isinstance(page_bytes, bool) or not isinstance(page_bytes, int) or page_bytes < SMALLEST_PAGE or page_bytes % 8:
             raise ConfigError(f"page_bytes must be a multiple of 8 and at least {SMALLEST_PAGE}, not {page_bytes!r}")
-        if not resident_bytes >= 2 * page_bytes:
+        if not 2 * page_bytes <= resident_bytes < 1 << 62:
             raise ConfigError(f"resident_bytes must hold two pages, one to work on and one to fetch: at least {2 * page_bytes} "
                               f"at {page_bytes} a page, not {resident_bytes!r}")
         if backing not in ("host", "disk") or (backing == "disk" and self.device.type != "cpu"):

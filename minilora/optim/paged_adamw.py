@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,20 @@ from torch import Tensor
 from minilora.errors import CheckpointError, ConfigError
 from minilora.llama.safetensors_file import Pending, TensorEntry, read_tensor
 from minilora.optim import adamw
-from minilora.optim.adamw import BLOCKSIZE_8BIT, AdamW, Moments8bit, Update, adamw_update, adamw_update_8bit, adamw_updates
+from minilora.optim.adamw import (
+    BLOCKSIZE_8BIT,
+    AdamW,
+    Moments8bit,
+    Update,
+    adamw_update,
+    adamw_update_8bit,
+    adamw_updates,
+    refuse_sparse,
+)
 from minilora.optim.paged import PAGE_BYTES, Pager, PagerCounters, in_order
 
 SMALLEST_8BIT = 4096                                    # elements of a parameter whose moments are worth rounding
+LARGEST_8BIT = 1e18                                     # of a gradient: its square is far from float32's largest number
 BLOCK_BYTES = 2 * BLOCKSIZE_8BIT + 2 * 4                # both moments' codes and constants
 PAGES_TOGETHER = 8                                      # whose parameters a GPU updates as one
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -120,12 +131,15 @@ class PagedAdamW(AdamW):
         state_bits: 32, or 8 for moments in 8 bits.
         page_bytes, resident_bytes, backing, folder: of the `Pager`; 128 MiB resident by default.
 
-    Raises: ConfigError: an argument. OutputError: the page file has no room, or failed.
+    Raises: ConfigError: an argument; parameters or gradients of another kind; with 8 bits, before anything is changed, a
+        gradient that is not finite. OutputError: the page file has no room, or failed.
     Guarantee: torch's bits, whatever pages, budget and backing (tests/optim/test_paged_adamw.py).
     """
 
+    TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, state_bits: Literal[32, 8] = 32, page_bytes: int = PAGE_BYTES,
+                 weight_decay: float = 0.01, state_bits: Literal[32, 8] = 32, page_bytes: int = PAGE_BYTES,
                  resident_bytes: int = 64 * PAGE_BYTES, backing: Literal["host", "disk"] = "host",
                  folder: str | Path | None = None) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -143,6 +157,10 @@ class PagedAdamW(AdamW):
         self._on_page: dict[int, list[_Piece]] = {}
         self._backwards = False
         self._place_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigError("a PagedAdamW cannot be copied or pickled, as its moments lie in pages: make another one and give it "
+                          "the state_dict of this one")
 
     @property
     def counters(self) -> PagerCounters:
@@ -168,6 +186,7 @@ class PagedAdamW(AdamW):
         """Update every parameter that has a gradient; the others keep their step count, and their pages stay where they are."""
         self._place_all()       # groups may have been added
         groups = {param: group for group in self.param_groups for param in group["params"] if param.grad is not None}
+        self._check_gradients(groups)
         for param in groups:
             self._steps[param] = self._steps.get(param, 0) + 1
         flat = {param: (param.detach().reshape(-1), param.grad.reshape(-1)) for param in groups}
@@ -190,6 +209,15 @@ class PagedAdamW(AdamW):
                 param.copy_(values.view_as(param))
         self._backwards = not self._backwards
 
+    def _check_gradients(self, params: Iterable[Tensor]) -> None:
+        """Before anything is changed: what no moment in 8 bits could hold would be found when half of them are."""
+        for param in params:
+            refuse_sparse(param)
+        sizes = [param.grad.abs().amax().float() for param in params if param.grad is not None and self._bits(param) == 8]
+        if sizes and not bool((torch.stack(sizes) < LARGEST_8BIT).all()):
+            raise ConfigError("a gradient holds a NaN, or numbers whose squares are infinite, which moments in 8 bits cannot "
+                              "hold; nothing was changed: a lower learning rate keeps training from it")
+
     def _update(self, piece: _Piece, content: Tensor, values: Tensor, grads: Tensor, group: dict[str, Any]) -> list[Update]:
         """Update a piece, or say what there is to do, where that can wait for others."""
         exact, grad = values.float(), grads.float()         # themselves, where they are float32
@@ -208,7 +236,7 @@ class PagedAdamW(AdamW):
     def _moments(self, param: Tensor, write: bool) -> Iterator[tuple[_Piece, Sequence[Tensor]]]:
         """Each piece of a parameter with its moments, valid until the next is asked for."""
         pieces = self._places[param]
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+        for piece, following in zip_longest(pieces, pieces[1:]):
             content = self.pager.use(piece.page, following.page if following else None, write)
             yield piece, self._regions[self._bits(param)].moments(content, piece)
 
@@ -287,7 +315,7 @@ def _check_fit(state: dict[str, Tensor] | None, param: Tensor) -> None:
     if not state:
         return
     fields = FIELDS[8 if "exp_avg_absmax" in state else 32]
-    if "step" not in state or any(name not in state or state[name].numel() != -(-param.numel() // share)
-                                  for name, _, share in fields):
+    if "step" not in state or any(name not in state or state[name].numel() != -(-param.numel() // share) or (
+            share == 1 and state[name].dim() > 1 and state[name].shape != param.shape) for name, _, share in fields):
         raise CheckpointError(f"the optimizer's state does not fit a parameter of {tuple(param.shape)}; it is of another "
                               "model, or of other LoRA settings")

@@ -1,6 +1,8 @@
 """The three merges, and what each costs."""
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -94,10 +96,46 @@ def test_merging_nothing_or_a_dense_base_into_4_bits_is_refused() -> None:
 
 def test_a_refused_merge_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential()
-    model.first, model.second = adapted(True)[0].q_proj, adapted(False)[0].q_proj
-    with pytest.raises(ConfigError, match="4-bit base"):
-        merge_lora(model, into="4bit")
-    assert isinstance(model.first, LoRALinear) and isinstance(model.second, LoRALinear)
+    model.first, model.second = adapted(True)[0].q_proj, adapted(True)[0].q_proj
+    with torch.no_grad():
+        model.second.lora_B.weight[3, 1] = torch.nan
+    for into in ("16bit", "4bit"):
+        with pytest.raises(ConfigError, match="second: the adapter holds a NaN or an infinity"):
+            merge_lora(model, into=into)
+        assert isinstance(model.first, LoRALinear) and isinstance(model.second, LoRALinear)
+
+
+def test_into_4_bits_a_layer_that_was_dense_stays_dense() -> None:
+    """As the head, or what a checkpoint left out of its quantization."""
+    model = nn.Sequential()
+    model.first, model.head = adapted(True)[0].q_proj, adapted(False)[0].q_proj
+    expected = model.head.merged_weight()
+    merge_lora(model, into="4bit")
+    assert isinstance(model.first, NF4Linear) and type(model.head) is nn.Linear
+    assert torch.equal(model.head.weight, expected)
+
+
+@pytest.mark.parametrize("into", ["16bit", "4bit"])
+def test_a_sum_that_its_type_cannot_hold_is_refused_by_name(into: Literal["16bit", "4bit"]) -> None:
+    model = nn.Sequential()
+    model.first = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 64).half()), r=4)
+    with torch.no_grad():
+        model.first.lora_A.weight.fill_(60.0)
+        model.first.lora_B.weight.fill_(60.0)
+    with pytest.raises(ConfigError, match=r"first: base and adapter add up to numbers that torch\.float16 cannot hold"):
+        merge_lora(model, into=into)
+
+
+def test_into_float32_the_base_is_not_rounded_first() -> None:
+    layer = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 48, bias=False).bfloat16()), r=4)
+    with torch.no_grad():
+        layer.lora_B.weight.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    expected, model = layer(x), nn.Sequential()
+    model.layer = layer
+    errors: list[MergeError] = []
+    merge_lora(model, dtype=torch.float32, on_layer=lambda name, error: errors.append(error))
+    assert (model.layer(x) - expected).norm() < 1e-6 * expected.norm() and errors[0].relative_error == 0
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

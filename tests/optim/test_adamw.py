@@ -78,7 +78,7 @@ def test_state_dict_goes_to_torch_and_back() -> None:
             param.grad = torch.full_like(param, 0.1 * (step + 1))
             optimizer.step()
     a, b = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
-    ours, theirs = AdamW([a], lr=0.01), torch.optim.AdamW([b], lr=0.01, weight_decay=0.0, foreach=False)
+    ours, theirs = AdamW([a], lr=0.01), torch.optim.AdamW([b], lr=0.01, foreach=False)
     steps(ours, a, 3)
     state = copy.deepcopy(ours.state_dict())
     b.data.copy_(a.data)
@@ -88,7 +88,8 @@ def test_state_dict_goes_to_torch_and_back() -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": float("nan")}])
+@pytest.mark.parametrize("options", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": float("nan")},
+                                     {"lr": "fast"}, {"betas": 0.9}, {"betas": (0.9, 0.99, 0.999)}])
 def test_bad_hyper_parameters_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         AdamW([torch.nn.Parameter(torch.ones(1))], **options)

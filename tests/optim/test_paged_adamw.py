@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from minilora import CheckpointError, ConfigError, OutputError, PagedAdamW, testing
 from minilora.optim import adamw
-from minilora.optim.adamw import Moments8bit, adamw_update_8bit
+from minilora.optim.adamw import AdamW, Moments8bit, adamw_update_8bit
 from minilora.optim.paged import SMALLEST_PAGE
 from minilora.optim.paged_adamw import FIELDS
 
@@ -76,7 +78,7 @@ def test_fifty_steps_have_torchs_bits(shapes: list[tuple[int, ...]], backing: Ba
 def test_state_goes_to_torch_and_back(backing: Backing) -> None:
     ours, theirs = parameters(SHAPES, 0), parameters(SHAPES, 0)
     a = PagedAdamW(ours, lr=1e-2, page_bytes=SMALLEST_PAGE, resident_bytes=2 * SMALLEST_PAGE, backing=backing)
-    b = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0, foreach=False)
+    b = torch.optim.AdamW(theirs, lr=1e-2, foreach=False)
     for step in range(4):
         give_gradients(step, 0, ours, theirs, sparse=step < 2)
         a.step()
@@ -205,14 +207,14 @@ def test_a_parameter_that_does_not_lie_in_one_piece() -> None:
     for param in (turned, plain):
         param.grad = torch.linspace(-1, 1, 1200).view(40, 30)
     PagedAdamW([turned], lr=0.1, page_bytes=SMALLEST_PAGE, resident_bytes=1 << 20).step()
-    torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0, foreach=False).step()
+    torch.optim.AdamW([plain], lr=0.1, foreach=False).step()
     assert torch.equal(turned, plain)
 
 
 def test_a_group_may_be_added_later() -> None:
     ours, theirs = parameters(SHAPES, 4), parameters(SHAPES, 4)
     a = PagedAdamW(ours[:3], lr=1e-2, page_bytes=SMALLEST_PAGE, resident_bytes=1 << 14)
-    b = torch.optim.AdamW(theirs[:3], lr=1e-2, weight_decay=0.0, foreach=False)
+    b = torch.optim.AdamW(theirs[:3], lr=1e-2, foreach=False)
     for step in range(6):
         if step == 2:
             a.add_param_group({"params": ours[3:]})
@@ -256,3 +258,89 @@ def test_a_failed_page_stops_every_later_step(monkeypatch: pytest.MonkeyPatch) -
     for call in (optimizer.step, optimizer.state_dict, optimizer.evict):
         with pytest.raises(OutputError, match="state is lost"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_parameters_of_other_types_are_refused(dtype: torch.dtype) -> None:
+    """They would be rounded to float32 at every step, and lose what is imaginary."""
+    with pytest.raises(ConfigError, match=f"PagedAdamW updates parameters of .* not of {dtype}"):
+        PagedAdamW([nn.Parameter(torch.ones(3, dtype=dtype))])
+    optimizer = PagedAdamW([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ConfigError, match="PagedAdamW updates parameters of"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_sparse_gradients_are_refused_and_nothing_moves() -> None:
+    table, other = nn.Parameter(torch.ones(5, 2)), nn.Parameter(torch.ones(3))
+    for optimizer in (PagedAdamW([other, table]), AdamW([other, table])):
+        other.grad, table.grad = torch.ones(3), torch.eye(5, 2).to_sparse()
+        with pytest.raises(ConfigError, match="SparseAdam"):
+            optimizer.step()
+    assert torch.equal(table, torch.ones(5, 2))
+
+
+def test_a_parameter_without_elements_takes_part() -> None:
+    empty, other = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.ones(3))
+    optimizer = PagedAdamW([empty, other], lr=0.1)
+    empty.grad, other.grad = torch.zeros(0, 4), torch.ones(3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert state["state"][0]["exp_avg"].shape == (0, 4) and state["state"][1]["step"] == 1
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
+def test_in_8_bits_a_gradient_that_moments_cannot_hold_changes_nothing(broken: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(5000, generator=generator)) for _ in range(2)]
+    optimizer = PagedAdamW(params, lr=0.1, state_bits=8, page_bytes=SMALLEST_PAGE, resident_bytes=1 << 14)
+    for param in params:
+        param.grad = torch.randn(5000, generator=generator)
+    optimizer.step()
+    before, state = [param.detach().clone() for param in params], optimizer.state_dict()["state"]
+    params[1].grad[17] = broken         # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"a gradient holds a NaN.*nothing was changed"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(after[index][name], state[index][name]) for index in state for name in state[index])
+
+
+@pytest.mark.parametrize("variant", ["maximize", "amsgrad"])
+def test_the_state_of_a_variant_is_refused(variant: str) -> None:
+    param = nn.Parameter(torch.ones(4, 8))
+    param.grad = torch.ones(4, 8)
+    theirs = torch.optim.AdamW([param], **{variant: True})
+    theirs.step()
+    for ours in (PagedAdamW([param]), AdamW([param])):
+        with pytest.raises(CheckpointError, match=f"made with {variant}=True"):
+            ours.load_state_dict(theirs.state_dict())
+
+
+def test_a_moment_of_another_shape_is_refused() -> None:
+    first, second = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(8, 4))
+    first.grad = torch.ones(4, 8)
+    optimizer = PagedAdamW([first])
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=r"does not fit a parameter of \(8, 4\)"):
+        PagedAdamW([second]).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
+def test_it_cannot_be_copied_and_says_what_to_do(take: Callable[[object], object]) -> None:
+    with pytest.raises(ConfigError, match="give it the state_dict of this one"):
+        take(PagedAdamW([nn.Parameter(torch.ones(3))]))
+
+
+def test_defaults_are_torchs() -> None:
+    start = torch.linspace(-1, 1, 50)
+    made = [nn.Parameter(start.clone()) for _ in range(3)]
+    optimizers = PagedAdamW([made[0]]), AdamW([made[1]]), torch.optim.AdamW([made[2]], foreach=False, fused=False)
+    for _ in range(3):
+        for param, optimizer in zip(made, optimizers, strict=True):
+            param.grad = start.clone()
+            optimizer.step()
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[2])

@@ -111,3 +111,17 @@ def test_transformers_loads_a_plain_checkpoint_of_ours(tmp_path: Path, family: s
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     for name, tensor in tensors.items():
         assert_same(tensor, theirs.get_parameter(name).detach(), name)
+
+
+def test_a_head_that_transformers_made_4_bit_is_saved_as_it_is(tmp_path: Path) -> None:
+    write_folder(tmp_path / "dense", WIDE, random_tensors(WIDE))
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["o_proj"])
+    theirs_from(tmp_path / "dense", quantization_config=how).save_pretrained(tmp_path / "theirs")
+    ours = load_checkpoint(tmp_path / "theirs", dtype=torch.float32)
+    assert isinstance(ours.lm_head, NF4Linear)
+    save_quantized(ours, tmp_path / "ours")
+    again = load_checkpoint(tmp_path / "ours", dtype=torch.float32)
+    assert isinstance(again.lm_head, NF4Linear) and torch.equal(again(IDS), ours(IDS))
+    save_checkpoint(ours, tmp_path / "plain")
+    assert torch.equal(load_checkpoint(tmp_path / "plain", quantize=None, dtype=torch.float32).lm_head.weight,
+                       ours.lm_head.dense_weight(torch.float32))

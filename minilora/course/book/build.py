@@ -15,7 +15,7 @@ from minilora.course.book.pages import INDEX, MYTHS, NF4, PLAYS_WITH_NF4, Place,
 from minilora.course.book.prose import Prose
 from minilora.course.lesson import Lesson, lesson_paths, lessons_folder, read_lesson
 from minilora.course.map import read_map
-from minilora.files import check_output, write_text
+from minilora.files import Kind, check_output, write_text
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
 from minilora.report.markup import Markup
 
@@ -37,7 +37,7 @@ def build(out: Path, results: Callable[[Lesson], Sequence[str]] | None = None) -
     """
     source = lessons_folder()
     lessons = [read_lesson(path) for path in lesson_paths(source).values()]
-    check_output(out, overwrite=True, marker=f"book/{INDEX}")
+    check_output(out, overwrite=True, kind=Kind(f"book/{INDEX}"))
     made = _book(source, lessons, results)
     files = {out / "book" / name: text for name, text in made.items()}
     files |= {out / "notebooks" / f"{lesson.path.stem}.ipynb": notebook(lesson) for lesson in lessons}

@@ -13,10 +13,11 @@ from minilora.data.radiology.notes import write_note
 from minilora.data.radiology.protocols import PROTOCOLS
 from minilora.data.radiology.rules import protocol_for
 from minilora.errors import ConfigError
-from minilora.files import new_folder
+from minilora.files import Kind, new_folder
 
 SPLITS = ("train", "val", "test")
 SMALLEST = 100
+KIND = Kind("train.csv", ("train.csv", "val.csv", "test.csv", "labels.txt"))
 CAPITALS = 0.15     # share of the training notes that come as some ordering systems send them: in capitals throughout
 
 
@@ -75,7 +76,7 @@ def write_dataset(out: str | Path, n: int = 10_000, seed: int = 0, overwrite: bo
     Raises: ConfigError (see `generate`), OutputError: the folder exists and `overwrite` is False, or it is no such set.
     """
     made = generate(n, seed)
-    with new_folder(out, overwrite, marker="train.csv") as folder:
+    with new_folder(out, overwrite, kind=KIND) as folder:
         for split, rows in made.items():
             path = folder / f"{split}.csv"
             path.touch(mode=0o600)
