@@ -30,6 +30,7 @@ from minilora.llama.decoding import token_step
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
 
+NOT_FINITE = "the model's logits are not finite in this compute type; use --dtype float32 or bfloat16"
 SHARED_TOKENS = 16      # a shorter beginning costs a call of its own what it saves
 
 
@@ -157,6 +158,8 @@ def _decode_batch(model: LlamaForCausalLM, prompts: list[list[int]], ends: froze
         seen = None if mask is None else mask[:, : cache.length + input_ids.shape[1]]
         logits = model(input_ids, seen, cache=cache, last_only=True)[:, -1]
         tokens = logits.float().argmax(-1)              # (B,); of 16 bits torch takes four times as long
+        if not bool(logits.gather(-1, tokens[:, None]).isfinite().all()):       # a NaN counts as the largest
+            raise ConfigError(NOT_FINITE)
         for row, token in enumerate(tokens.tolist()):
             running[row] = running[row] and token not in ends
             if running[row]:

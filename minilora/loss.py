@@ -38,7 +38,7 @@ def label_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     targets = batch.labels[:, 1:]                                                          # (B, T - 1)
     carries_loss = targets != IGNORED
     # The last block is needed only where a label token is predicted: L positions a row, those of short labels filled up.
-    longest = int(carries_loss.sum(1).max())
+    longest = max(1, int(carries_loss.sum(1).max()))        # of a batch without label tokens: a sum of none, 0
     if not picks(longest, targets.shape[1]):
         hidden = model.hidden(batch.input_ids)[:, :-1][carries_loss]
         return head_loss(model.lm_head, hidden, targets[carries_loss])

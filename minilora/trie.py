@@ -36,7 +36,7 @@ from minilora.data.prompts import check_ids, encode_label
 from minilora.data.tables import MAX_LABELS
 from minilora.errors import ConfigError, DataError
 from minilora.forest import TreeChunk, forests, grows_on
-from minilora.generate import cache_for, check_prompts, evaluation_mode, shared_beginning
+from minilora.generate import NOT_FINITE, cache_for, check_prompts, evaluation_mode, shared_beginning
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
 from minilora.metrics import normalize_label
@@ -167,7 +167,7 @@ def score_labels(model: LlamaForCausalLM, trie: LabelTrie, prompt_ids: Sequence[
             if on_progress is not None:
                 on_progress(len(indices))
     if not scores.isfinite().all():
-        raise ConfigError("the model's logits are not finite in this compute type; use --dtype float32 or bfloat16")
+        raise ConfigError(NOT_FINITE)
     return scores
 
 

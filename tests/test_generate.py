@@ -141,3 +141,13 @@ def test_a_sliding_window_counts_tokens_and_not_padding(tmp_path: Path) -> None:
     model, tokenizer = load_checkpoint(folder, quantize=None, dtype=torch.float32), read_tokenizer(folder)
     expected = [plain_greedy(model, tokenizer.encode(prompt), tokenizer.eos_id, 8) for prompt in PROMPTS]
     assert generate_ids(model, tokenizer, PROMPTS, 8, batch_size=6) == expected
+
+
+@pytest.mark.parametrize("beginning", [0, 20])
+def test_logits_that_are_not_finite_are_refused_and_no_answer_is_given(tmp_path: Path, beginning: int) -> None:
+    model = load_checkpoint(write_model(tmp_path / "model"), quantize=None, dtype=torch.float32)
+    tokenizer = read_tokenizer(tmp_path / "model")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ConfigError, match="logits are not finite in this compute type"):
+        generate(model, tokenizer, ["a" * beginning + "b", "a" * beginning + "cd"], max_new_tokens=3)

@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.loss import head_loss
+from minilora.data.batches import collate
+from minilora.data.prompts import IGNORED, Example
+from minilora.layers.lora import LoRAConfig
+from minilora.layers.qlora import add_lora
+from minilora.loss import head_loss, label_loss
 from minilora.memory import Workload, logits_bytes
-from minilora.shapes import shape_of
+from minilora.shapes import random_model, shape_of
 
 
 def case(trained_head: bool) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -56,3 +60,16 @@ def test_the_plan_counts_one_chunk_of_a_large_vocabulary() -> None:
     config = shape_of("8b")
     few, many = (logits_bytes(config, Workload("qlora", batch=1, seq=2048, label_tokens=tokens)) for tokens in (64, 2000))
     assert config.vocab_size == 128_256 and few == 64 * 128_256 * 10 and many == 130 * 128_256 * 10
+
+
+def test_a_batch_without_label_tokens_adds_nothing_and_has_a_gradient() -> None:
+    model = add_lora(random_model(shape_of("tiny"), quantize=None), LoRAConfig(r=2)).train()
+    batch = collate([Example([1, 5, 6, 7], [IGNORED] * 4), Example([1, 5], [IGNORED] * 2)], 0)
+    assert batch.label_tokens == 0
+    loss = label_loss(model, batch)
+    loss.backward()
+    assert loss.item() == 0 and all(not bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+
+
+def test_a_label_in_the_first_place_is_predicted_by_nothing_and_not_counted() -> None:
+    assert collate([Example([1, 2, 3], [1, 2, 3])], 0).label_tokens == 2

@@ -30,8 +30,26 @@ CODE = NF4_CODE.tolist()
 # -- codebooks --------------------------------------------------------------------------------------------------------
 def test_the_derived_levels_are_the_stored_ones() -> None:
     testing.check_nf4_code(NF4_CODE)
-    assert max(abs(a - b) for a, b in zip(testing.dynamic_code(), DYNAMIC_8BIT.tolist(), strict=True)) < 1e-7
-    assert max(abs(a - b) for a, b in zip(testing.dynamic_code(False), dynamic_map(False).tolist(), strict=True)) < 1e-7
+    testing.check_nf4_code(testing.nf4_code())
+    assert testing.nf4_code() == CODE, "bits are compared by the levels that files hold"
+    for signed, stored in ((True, DYNAMIC_8BIT), (False, dynamic_map(False))):
+        assert testing.dynamic_code(signed) == stored.tolist()
+        exact = testing.dynamic_code(signed, precision=float)
+        assert max(abs(a - b) for a, b in zip(exact, stored.tolist(), strict=True)) < 1e-7
+
+
+def test_a_level_between_the_derived_and_the_stored_one_is_packed_as_files_have_it() -> None:
+    w = torch.tensor([1.0, -0.8480963706970215])
+    codes, _ = testing.quantize(w, testing.nf4_code())
+    assert testing.pack(codes) == quantize_nf4(w, double_quant=False).packed.tolist() == [0xF0]
+    assert testing.quantize(w, testing.derived_nf4_code())[0] == [15, 1]
+
+
+@given(values=testing.weights(min_size=0, max_size=3), longer=testing.weights(min_size=7, max_size=5),
+       batch=testing.batches(7, max_length=1))
+def test_strategies_take_the_ends_of_their_ranges(values: list[float], longer: list[float],
+                                                  batch: list[tuple[list[int], list[int]]]) -> None:
+    assert len(values) <= 3 and len(longer) == 7 and all(len(ids) == 3 for ids, _ in batch)
 
 
 def test_wrong_tables_found_in_the_wild_are_caught() -> None:

@@ -73,7 +73,7 @@ def collate(examples: Sequence[Example], pad_id: int | None) -> Batch:
         input_ids[index, :n] = input_ids.new_tensor(example.input_ids)
         attention_mask[index, :n] = 1
         labels[index, :n] = labels.new_tensor(example.labels)
-    return Batch(input_ids, attention_mask, labels, int((labels != IGNORED).sum()), [e.row for e in examples])
+    return Batch(input_ids, attention_mask, labels, int((labels[:, 1:] != IGNORED).sum()), [e.row for e in examples])
 
 
 def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:

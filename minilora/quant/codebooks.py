@@ -11,8 +11,9 @@ the mean of the half-bucket margins of a 15- and a 16-level table.  Divided by t
 The stored values are the float32 ones that bitsandbytes ships; `derive_nf4` re-derives them to 1.2e-7.
 
 **8-bit dynamic map** (8-bit optimizers, arXiv 2110.02861, section 1.3): a sign, then a unary exponent of base ten, and
-what bits remain are a linear fraction: many levels near ±1, ever coarser decades towards zero.  QLoRA's double
-quantization uses it for the block constants; the 8-bit optimizer state uses it for its moments.
+what bits remain are a linear fraction: many levels near ±1, ever coarser decades towards zero.  Without a sign its bit
+goes to the fraction (section 2.2).  QLoRA's double quantization uses the map for the block constants; the 8-bit optimizer
+state uses both forms for its moments.
 
 Lesson 05 explains it.
 """
@@ -61,12 +62,16 @@ def dynamic_map(signed: bool = True) -> Tensor:
         signed: mirror the levels (first moments, double quantization) or not (second moments).
 
     Returns: (256,) float32, sorted. Signed: -0.99297 … 1.0 with 0 at index 127; unsigned: 0 … 1.0.
-    Source: arXiv 2110.02861; equal to the bit to bitsandbytes' `create_dynamic_map` (tests/peers).
+    Source: arXiv 2110.02861, sections 1.3 (signed) and 2.2 (unsigned); equal to the bit to bitsandbytes'
+        `create_dynamic_map` (tests/peers).
     """
     levels = [0.0, 1.0]
     for exponent in range(-6, 1):
         parts = 2 ** (exponent + 6) * (1 if signed else 2)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
+        # What torch.linspace gives where the processor fuses a + b * c, which not every one does: counted from the nearer end.
+        end = torch.arange(parts + 1, dtype=torch.float64, device="cpu")
+        low, step = float(np.float32(0.1)), float((np.float32(1) - np.float32(0.1)) / np.float32(parts))
+        edges = torch.where(2 * end < parts, low + step * end, 1 - step * (parts - end)).float()
         middles = 10.0 ** exponent * ((edges[:-1] + edges[1:]) / 2)
         levels += middles.tolist()
         if signed:

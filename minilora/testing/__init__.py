@@ -26,6 +26,7 @@ from minilora.testing.specifications import (
     adamw_8bit,
     check_nf4_code,
     dequantize,
+    derived_nf4_code,
     double_dequantize,
     double_quantize,
     dynamic_code,
@@ -54,7 +55,8 @@ from minilora.testing.strategies import (
 
 __all__ = [
     "IGNORED", "adamw", "adamw_8bit", "batches", "calibration_error", "check_nf4_code", "checkpoint_shapes", "coverage",
-    "dequantize", "double_dequantize", "double_quantize", "dynamic_code", "float32", "label_mask", "lora_forward",
+    "dequantize", "derived_nf4_code", "double_dequantize", "double_quantize", "dynamic_code", "float32", "label_mask",
+    "lora_forward",
     "lora_gradients", "masked_loss", "matmul", "matrices", "nearest", "negative_log_likelihood", "nf4_code", "pack",
     "page_accesses", "pager", "quantize", "reliability", "transpose", "unpack", "weights",
 ]

@@ -25,7 +25,17 @@ def _list(values: Any) -> list[Any]:
 
 
 def nf4_code() -> list[float]:
-    """The sixteen levels of NF4: normal quantiles, 8 above zero, 7 below, and zero, over the largest.
+    """The sixteen levels of NF4 in the float32 values that bitsandbytes prints, and all files in its format hold.
+
+    Ten of them are not the nearest to `derived_nf4_code`: bits are compared by these.
+    """
+    return [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+
+
+def derived_nf4_code() -> list[float]:
+    """The same from their definition: normal quantiles, 8 above zero, 7 below, and zero, over the largest.
 
     Source: QLoRA (arXiv 2305.14314) appendix E.
     """
@@ -44,25 +54,28 @@ def check_nf4_code(code: Any, tolerance: float = 1.2e-7) -> None:
 
     Raises: AssertionError: says which level is off, or how many there are.
     """
-    found, expected = _list(code), nf4_code()
+    found, expected = _list(code), derived_nf4_code()
     assert len(found) == 16, f"NF4 has 16 levels, found {len(found)}"
     for index, (level, right) in enumerate(zip(found, expected, strict=True)):
         assert abs(level - right) <= tolerance, f"level {index} is {level!r}, NF4 has {right!r}"
 
 
-def dynamic_code(signed: bool = True) -> list[float]:
+def dynamic_code(signed: bool = True, precision: Callable[[float], float] = float32) -> list[float]:
     """The 256 levels of the 8-bit dynamic map, sorted.
 
     For each decade 10^e, e = -6 … 0: the middles of 2^(e + 6) equal parts of [0.1, 1] (twice as many without a sign bit),
     times 10^e; with a sign their mirror images; then 0 and 1.
 
+    Args: precision: rounds every intermediate result; the parts' ends are counted from the nearer end, as torch does.
     Source: arXiv 2110.02861 section 1.3.
     """
-    levels = [0.0, 1.0]
+    levels, low, high = [0.0, 1.0], precision(0.1), 1.0
     for exponent in range(-6, 1):
         parts = 2 ** (exponent + 6) * (1 if signed else 2)
-        for part in range(parts):
-            middle = 10.0 ** exponent * (0.1 + 0.9 * (part + 0.5) / parts)
+        step = precision(precision(high - low) / parts)
+        ends = [precision(low + step * end if 2 * end < parts else high - step * (parts - end)) for end in range(parts + 1)]
+        for left, right in itertools.pairwise(ends):
+            middle = precision(precision(10.0 ** exponent) * precision(precision(left + right) / 2))
             levels += [middle, -middle] if signed else [middle]
     return sorted(levels)
 
@@ -128,14 +141,16 @@ def double_quantize(absmax: Any, blocksize: int = 256, precision: Callable[[floa
     """
     constants = [precision(constant) for constant in _list(absmax)]
     mean = precision(math.fsum(constants) / len(constants)) if offset is None else offset
-    codes, nested = quantize([precision(constant - mean) for constant in constants], dynamic_code(), blocksize, precision)
+    code = dynamic_code(precision=precision)
+    codes, nested = quantize([precision(constant - mean) for constant in constants], code, blocksize, precision)
     return codes, nested, mean
 
 
 def double_dequantize(codes: Any, nested: Any, offset: float, blocksize: int = 256,
                       precision: Callable[[float], float] = float32) -> list[float]:
     """Block constants again: dynamic[code] · nested + offset."""
-    return [precision(value + offset) for value in dequantize(codes, nested, dynamic_code(), blocksize, precision)]
+    code = dynamic_code(precision=precision)
+    return [precision(value + offset) for value in dequantize(codes, nested, code, blocksize, precision)]
 
 
 def matmul(a: Any, b: Any) -> list[list[float]]:

@@ -16,11 +16,14 @@ def weights(min_size: int = 1, max_size: int = 600) -> SearchStrategy[list[float
     def spread(scale: float) -> SearchStrategy[float]:
         return st.floats(-4, 4, width=32).map(lambda value: float32(scale * value))
 
+    max_size = max(min_size, max_size)
+
     def lists(elements: SearchStrategy[float]) -> SearchStrategy[list[float]]:
         return st.lists(elements, min_size=min_size, max_size=max_size)
 
     def with_outlier(values: list[float], at: int, outlier: float) -> list[float]:
-        return [*values[: at % len(values)], outlier, *values[at % len(values) + 1 :]]
+        at %= max(1, len(values))
+        return [*values[:at], outlier, *values[at + 1 :]] if values else values
 
     ordinary = st.sampled_from((0.02, 1.0, 1e-6, 1e6)).flatmap(lambda scale: lists(spread(scale)))
     huge = st.sampled_from((2.0 ** 127, -1e4, 2.0 ** 100))
@@ -47,7 +50,7 @@ def batches(vocabulary: int, max_examples: int = 6, max_length: int = 12) -> Sea
     from hypothesis import strategies as st
 
     tokens = st.integers(0, vocabulary - 1)
-    prompts, labels = (st.lists(tokens, min_size=1, max_size=size) for size in (max_length, max_length // 2))
+    prompts, labels = (st.lists(tokens, min_size=1, max_size=size) for size in (max_length, max(1, max_length // 2)))
     example = st.builds(lambda prompt, label: label_mask(prompt, label, 0), prompts, labels)
     return st.lists(example, min_size=1, max_size=max_examples)
 
