@@ -64,11 +64,17 @@ class LlamaConfig:
     def from_json(cls, path: str | Path) -> LlamaConfig:
         """Read a config.json, or the one in a folder.
 
-        Raises: CheckpointError: no such file, not JSON, or anything `from_dict` refuses.
+        End tokens that only the generation_config.json beside it names join those of config.json, in `raw`: so they are also
+        written where the model is.
+
+        Raises: CheckpointError: no such file, not JSON (either of them), or anything `from_dict` refuses.
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(read_object(path), where=str(path))
+        raw, beside = read_object(path), path.parent / "generation_config.json"
+        ends = end_ids(raw)
+        more = [token for token in end_ids(read_object(beside)) if token not in ends] if beside.is_file() else []
+        return cls.from_dict({**raw, "eos_token_id": [*ends, *more]} if more else raw, where=str(path))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
@@ -123,6 +129,12 @@ class LlamaConfig:
                 "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
 
 
+def end_ids(raw: dict[str, Any]) -> list[int]:
+    """The ids that a config.json or generation_config.json names as `eos_token_id`, one or a list; what is no id is left out."""
+    named = raw.get("eos_token_id")
+    return [token for token in (named if isinstance(named, list) else [named]) if type(token) is int]
+
+
 def linear_parameters(config: LlamaConfig) -> int:
     """Weights in the linears of all blocks: what QLoRA stores in 4 bits."""
     return config.num_hidden_layers * sum(rows * columns for rows, columns in config.linear_shapes().values())
@@ -174,8 +186,11 @@ class _Reader:
 
 
 def _rope(read: _Reader, raw: dict[str, Any], where: str, positions: int) -> tuple[float, RopeScaling]:
-    """Base and scaling, from `rope_theta` and `rope_scaling`, or transformers 5's one `rope_parameters`."""
-    entry = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """Base and scaling, from `rope_theta` and `rope_scaling`, or transformers 5's one `rope_parameters`.
+
+    Where one thing is said twice, what counts is what counts in transformers 5.
+    """
+    entry = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where}: rope parameters must be an object, not {entry!r:.60}")
     inner = _Reader(entry, f"{where}, rope parameters")
@@ -192,8 +207,9 @@ def _rope(read: _Reader, raw: dict[str, Any], where: str, positions: int) -> tup
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
         if low >= high:
             raise CheckpointError(f"{where}: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-        return theta, RopeScaling("llama3", inner.number("factor"), low, high,
-                                  inner.whole("original_max_position_embeddings", positions))
+        length = "original_max_position_embeddings"
+        original = (inner if raw.get(length) is None else read).whole(length, positions)
+        return theta, RopeScaling("llama3", inner.number("factor"), low, high, original)
     raise CheckpointError(f"{where}: rope_type {kind!r:.60} is not supported, only default, linear and llama3")
 
 

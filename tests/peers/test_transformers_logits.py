@@ -203,6 +203,21 @@ def test_old_rope_keys_give_the_model_of_the_new_ones(tmp_path: Path) -> None:
     same(read(tmp_path).requires_grad_(False)(ids), theirs(ids).logits)
 
 
+@pytest.mark.parametrize("changes", [
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"original_max_position_embeddings": 64},
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 700.0}], ids=str)
+def test_of_rope_keys_that_disagree_the_same_ones_count(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write(tmp_path, "llama3_untied")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).requires_grad_(False)
+    ids, model = torch.arange(3, 43)[None], read(tmp_path).requires_grad_(False)
+    same(model(ids), theirs(ids).logits)
+    plain = LlamaForCausalLM(LlamaConfig.from_dict(raw)).requires_grad_(False)
+    plain.load_state_dict(model.state_dict())
+    assert float((plain(ids) - model(ids)).abs().max()) > 0.05 * float(model(ids).abs().max())
+
+
 # A checkpoint that was really trained.
 
 STORY = [1, 461, 461, 401, 401, 401, 461, 378, 455, 473, 456, 435, 299, 362, 409]
