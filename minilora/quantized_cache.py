@@ -50,7 +50,10 @@ def load_through_cache(folder: Path, double_quant: bool, blocksize: int, dtype: 
     folder = folder.absolute()
     copy = cache_folder(folder, double_quant, blocksize, dtype, pad_vocab)
     if _is_current(copy, folder):
-        return load_checkpoint(copy, dtype=dtype, device=device, progress=progress)
+        try:
+            return load_checkpoint(copy, dtype=dtype, device=device, progress=progress)
+        except CheckpointError as error:
+            warnings.warn(f"--cache: the 4-bit copy is damaged and made anew ({error})", stacklevel=2)
     model = load_checkpoint(folder, double_quant=double_quant, blocksize=blocksize, dtype=dtype, device=device,
                             pad_vocab=pad_vocab, progress=progress)
     if read_object(folder / "config.json").get("quantization_config"):

@@ -80,6 +80,18 @@ def test_a_copy_that_was_cut_off_is_no_copy(tmp_path: Path, read: list[Path]) ->
     assert read == [folder, folder, copy]
 
 
+def test_a_copy_that_was_damaged_is_made_anew(tmp_path: Path, read: list[Path]) -> None:
+    folder = write_model(tmp_path / "model")
+    first = bits(load_model(folder, cache=True))
+    copy, = (path for path in tmp_path.iterdir() if path != folder)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="copy is damaged and made anew"):
+        assert bits(load_model(folder, cache=True)) == first
+    read.clear()
+    assert bits(load_model(folder, cache=True)) == first and read == [copy]
+
+
 def test_a_copy_that_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "models--a--b" / "snapshots" / ("c" * 40))
     (tmp_path / "models--a--b" / "minilora").write_text("a file where the folder would be")
