@@ -26,6 +26,7 @@ from torch import nn
 from minilora.data.prompts import check_ids
 from minilora.errors import ConfigError, DataError
 from minilora.llama.cache import KVCache
+from minilora.llama.config import end_ids
 from minilora.llama.decoding import token_step
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
@@ -114,10 +115,11 @@ def generate_ids(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequenc
 
 
 def end_tokens(model: LlamaForCausalLM, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's end token, and those of config.json (Llama 3 names several)."""
-    named = model.config.raw.get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(token for token in (tokenizer.eos_id, *ids) if type(token) is int)
+    """The ids that end an answer: the tokenizer's end token, and those of config.json and generation_config.json.
+
+    Llama 3 names several.  `LlamaConfig.from_json` has put those of the two files together.
+    """
+    return frozenset(token for token in (tokenizer.eos_id, *end_ids(model.config.raw)) if token is not None)
 
 
 def shared_beginning(prompts: Sequence[Sequence[int]], model: LlamaForCausalLM) -> int:

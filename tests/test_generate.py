@@ -1,14 +1,15 @@
 """Greedy decoding: equal to the plainest loop, whatever the batch."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from minilora.errors import CheckpointError, ConfigError, DataError
-from minilora.generate import evaluation_mode, generate, generate_ids
-from minilora.llama.checkpoint import load_checkpoint
+from minilora.generate import end_tokens, evaluation_mode, generate, generate_ids
+from minilora.llama.checkpoint import load_checkpoint, save_checkpoint
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer, read_tokenizer
 from tests.models import write_model
@@ -98,6 +99,22 @@ def test_every_end_token_of_the_config_ends_an_answer(small: tuple[LlamaForCausa
         other = load_checkpoint(folder, quantize=None, dtype=torch.float32)
         assert generate_ids(other, tokenizer, ["b"], 10) == [free[: free.index(free[4])]], listed
     assert free[: free.index(free[4])] != free
+
+
+def test_end_tokens_that_only_generation_config_names_end_an_answer(small: tuple[LlamaForCausalLM, Tokenizer], tmp_path: Path
+                                                                    ) -> None:
+    model, tokenizer = small
+    free = plain_greedy(model, tokenizer.encode("b"), None, 10)
+    for number, (listed, beside) in enumerate([(257, [257, free[4]]), ([257], free[4]), (None, [free[4], "x", None, True])]):
+        folder = write_model(tmp_path / str(number), std=0.3, eos_token_id=listed)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": beside, "temperature": 0.6}))
+        other = load_checkpoint(folder, quantize=None, dtype=torch.float32)
+        assert end_tokens(other, tokenizer) >= {free[4]}
+        assert all(type(token) is int for token in end_tokens(other, tokenizer))
+        assert generate_ids(other, tokenizer, ["b"], 10) == [free[: free.index(free[4])]], (listed, beside)
+        save_checkpoint(other, tmp_path / f"{number} saved")
+        saved = load_checkpoint(tmp_path / f"{number} saved", quantize=None, dtype=torch.float32)
+        assert end_tokens(saved, tokenizer) == end_tokens(other, tokenizer), "a saved model ends where the first one did"
 
 
 def test_text_and_its_ids_give_the_same_answer(small: tuple[LlamaForCausalLM, Tokenizer]) -> None:

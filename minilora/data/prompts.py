@@ -13,6 +13,8 @@ training is the joint at inference.
 
 Trap: BOS comes from the tokenizer alone.  "<s>" written into a template is one more, and a model never saw two.
 
+Trap: a chat model's end token may stand in its template.  Spelled out as letters it is a prompt that the model never saw.
+
 Lesson 10 explains it.
 """
 from __future__ import annotations
@@ -39,10 +41,12 @@ _SPECIAL_IN_NOTE = re.compile(r"<(?=/?(?:s|unk|bos|eos|pad|cls|sep|eod|mask)>|\|
 
 @dataclass(frozen=True)
 class Template:
-    """The text around a note; `text` holds exactly one "{input}" and no BOS or EOS text.
+    """The text around a note; `text` holds exactly one "{input}" and none of the usual BOS and EOS texts.
+
+    What else a model uses as its end token, such as "<|im_end|>" in a chat, may stand in it (see `encode_prompt`).
 
     Raises:
-        ConfigError: the placeholder is absent or repeated, or the text spells a begin or end token.
+        ConfigError: the placeholder is absent or repeated, or the text spells a usual begin or end token.
     """
 
     name: str
@@ -121,24 +125,28 @@ class Encoded:
 def encode_prompt(tokenizer: Tokenizer, template: Template, note: str, max_tokens: int) -> Encoded:
     """Return the tokens of the filled template, BOS first, at most `max_tokens` of them.
 
-    The ids are always ``tokenizer.encode(text, bos=True)`` of one whole text, so a serving stack that tokenizes that
-    text gets the same ids.  A note too long keeps the first 2/3 and the last 1/3 of the tokens there is room for,
-    joined by " ... " (history stands first in an order and the question often last); the text is tokenized again, and
-    the note shortened further by the excess, until it fits.
+    The ids are always those of one whole text, so a serving stack that tokenizes that text gets the same ids.  A control
+    token that the template spells, such as the end token "<|im_end|>" of a chat model, is that token; one that a note
+    spells is text (a stack that reads it as the token gets others there).  A note too long keeps the first 2/3 and the
+    last 1/3 of the tokens there is room for, joined by " ... " (history stands first in an order and the question often
+    last); the text is tokenized again, and the note shortened further by the excess, until it fits.
 
     Args:
         note: raw text; `clean_note` is applied here.
         max_tokens: the prompt's bound, BOS and template included.
 
     Raises:
-        ConfigError: the template alone is longer than `max_tokens`.
+        ConfigError: the template alone is longer than `max_tokens`, or it spells the tokenizer's begin token.
     """
-    note = clean_note(note)
-    ids = tokenizer.encode(template.fill(note), bos=True)
+    def filled(with_note: str) -> list[int]:
+        return tokenizer.encode_prompt(before, with_note, after)
+
+    note, (before, after) = clean_note(note), template.text.split(PLACEHOLDER)
+    ids = filled(note)
     if len(ids) <= max_tokens:
         return Encoded(ids, cut=False)
     note_ids = tokenizer.encode(note, bos=False)
-    empty = tokenizer.encode(template.fill(JOINER), bos=True)
+    empty = filled(JOINER)
     keep = min(max_tokens - len(empty), len(note_ids) - 1)
     while keep >= 0:
         head = (2 * keep + 2) // 3
@@ -146,7 +154,7 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, note: str, max_token
         tail = note_ids[len(note_ids) - (keep - head):]
         # A cut may split the bytes of one character, which decode to U+FFFD: dropped on the cut's two sides.
         short = tokenizer.decode(note_ids[:head]).rstrip("\ufffd") + JOINER + tokenizer.decode(tail).lstrip("\ufffd")
-        ids = tokenizer.encode(template.fill(clean_note(short)), bos=True)
+        ids = filled(clean_note(short))
         if len(ids) <= max_tokens:
             return Encoded(ids, cut=True)
         keep -= max(1, len(ids) - max_tokens)

@@ -130,7 +130,7 @@ class LlamaConfig:
 
 
 def end_ids(raw: dict[str, Any]) -> list[int]:
-    """The ids that a config.json or generation_config.json names as `eos_token_id`, one or a list; what is no id is left out."""
+    """The ids that a config.json or generation_config.json names as `eos_token_id`: one or a list; all else is left out."""
     named = raw.get("eos_token_id")
     return [token for token in (named if isinstance(named, list) else [named]) if type(token) is int]
 

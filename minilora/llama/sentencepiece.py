@@ -2,8 +2,9 @@
 
 The file is a protocol buffer: a list of (piece, score, type), and the trainer's and normalizer's settings.  SentencePiece
 starts from single characters and merges, again and again, the neighbours whose union is the piece of the highest score;
-on a tie the leftmost.  `tokenizers` ranks *pairs* instead, so every piece gives one pair per way of cutting it in two,
-ranked by the piece's score.  Characters without a piece become their UTF-8 bytes, `<0x0A>` and so on.
+on a tie the leftmost; what is done to a text before that is in `encoders`.  `tokenizers` ranks *pairs* instead, so every
+piece gives one pair per way of cutting it in two, ranked by the piece's score.  Characters without a piece become their UTF-8
+bytes, `<0x0A>` and so on.
 
 Guarantee: the same ids as the sentencepiece library on any text (tests/peers/test_sentencepiece.py).
 Source: sentencepiece_model.proto and bpe_model.cc in google/sentencepiece.
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models
 
 from minilora.errors import CheckpointError
 from minilora.llama.charsmap import check_charsmap
@@ -101,16 +102,17 @@ def _piece(data: bytes) -> Piece:
 
 
 def _settings(message: dict[int, list[int | bytes]], number: int) -> dict[int, int | bytes]:
-    data = message.get(number, [b""])[-1]
-    if not isinstance(data, bytes):
+    parts = [data for data in message.get(number, []) if isinstance(data, bytes)]
+    if len(parts) != len(message.get(number, [])):
         raise ValueError("settings of the wrong type")
-    return dict(fields(data))
+    return dict(fields(b"".join(parts)))         # a message that stands in parts is their sum
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Read a `tokenizer.model`.
 
-    Raises: CheckpointError: not a SentencePiece model, cut short, or a kind that this reader does not know (unigram).
+    Raises: CheckpointError: not a SentencePiece model, cut short, or of a kind that this reader does not know: unigram,
+        user-defined or unused pieces, spaces behind the words.
     """
     data = read_bytes(path, LARGEST)
     try:
@@ -127,6 +129,9 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     if kind != BPE:
         raise CheckpointError(f"{path}: a SentencePiece model of type {kind!r}; only BPE (2), Llama's, is read: use "
                               "a folder with tokenizer.json")
+    if trainer.get(24, 0):
+        raise CheckpointError(f"{path}: has spaces behind the words (treat_whitespace_as_suffix), which this reader does not "
+                              "know; use a folder with tokenizer.json")
     if any(not math.isfinite(piece.score) for piece in pieces):
         raise CheckpointError(f"{path}: a piece's score is no number; fetch the file again")
     if any(len(piece.text) > LONGEST for piece in pieces):
@@ -168,20 +173,13 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def to_tokenizers(model: SentencePieceModel) -> Tokenizer:
-    """The same encoder in the `tokenizers` library: no BOS is added, and control pieces never come out of text."""
+    """The merges and the way back to text in the `tokenizers` library.
+
+    Its normalizer is left empty: a text has to go through `encoders.SentencePieceEncoder`.
+    """
     vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges_of(model.pieces), byte_fallback=model.byte_fallback,
                                      unk_token=model.pieces[model.unk_id].text, fuse_unk=True))
-    steps: list[normalizers.Normalizer] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
-    if model.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
-    if model.escape_whitespaces:
-        steps.append(normalizers.Replace(" ", SPACE))
-    tokenizer.normalizer = normalizers.Sequence(steps)
     undo: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:
         undo.append(decoders.Strip(" ", 1, 0))

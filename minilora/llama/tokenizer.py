@@ -6,7 +6,8 @@ The `tokenizers` library does the work.  What is decided here is what model fold
   are not run here: `encode(text, bos=True)` puts one BOS in front, whatever the file says.
 - **Text that spells a control token.**  "<s>" inside a note is three characters.  BOS, EOS, PAD and UNK are never read
   out of text, so text cannot smuggle in a second BOS or an early end.  Other added tokens, such as "<|im_start|>", are
-  read out of text as everywhere else, because chat templates need them.
+  read out of text as everywhere else, because chat templates need them.  A chat template may also name the end token
+  ("<|im_end|>"): `encode_prompt` reads it out of the template, and still not out of the note.
 - **Which tokens they are.**  tokenizer_config.json, then special_tokens_map.json; where neither names one, config.json
   and at last the tokenizer itself.  A folder that says ``"bos_token": null`` (Qwen2) has no BOS and none is added.
 - **Padding** is never the end token's stand-in: a folder that pads with EOS counts as having no PAD.
@@ -21,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
 
 from minilora.errors import CheckpointError, ConfigError, OutputError
 from minilora.files import atomic_path
-from minilora.llama.sentencepiece import CONTROL, UNKNOWN, read_sentencepiece, to_tokenizers
+from minilora.llama.chat_templates import ChatTemplates
+from minilora.llama.encoders import JsonEncoder, SentencePieceEncoder
+from minilora.llama.sentencepiece_folder import read_sentencepiece_folder
 from minilora.llama.strict_json import parse_object, read_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -47,7 +49,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None, pad_id: int | None,
-                 special_ids: Iterable[int], files: dict[str, bytes]) -> None:
+                 special_ids: Iterable[int], files: dict[str, bytes], control: Iterable[int] = (),
+                 encoder: JsonEncoder | SentencePieceEncoder | None = None) -> None:
         backend.encode_special_tokens = True        # control tokens spelled in text stay text
         backend.no_padding()                        # Trap: a tokenizer.json may carry its trainer's padding and truncation
         backend.no_truncation()
@@ -55,6 +58,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.special_ids = frozenset(special_ids) | {token for token in (bos_id, eos_id, pad_id) if token is not None}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._encoder = JsonEncoder(backend) if encoder is None else encoder
+        self._templates = ChatTemplates(backend, self._encoder, control, bos_id)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of `text`, in front of them one BOS if `bos` and the model has one.
@@ -63,12 +68,29 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes one text (str), not a {type(text).__name__}")
+        return self._with_bos(self._encoder, text, bos)
+
+    def encode_prompt(self, before: str, note: str, after: str) -> list[int]:
+        """Token ids of ``before + note + after``, one text, with one BOS in front.
+
+        EOS, PAD and UNK spelled in `before` or `after` are those tokens, as in transformers; in `note` they stay text.  Where
+        neither spells one, this is `encode` of the whole.
+
+        Raises: ConfigError: `before` or `after` spells BOS.
+        Guarantee: the ids of transformers, unless `note` spells a special token (tests/peers/test_chat_templates.py).
+        """
+        if not self._templates.names_one(before, after):
+            return self.encode(before + note + after)
+        with _library("the tokenizer cannot be written again"):
+            encoder = self._templates.encoder()
+        return self._with_bos(encoder, self._templates.marked(before, note, after), bos=True)
+
+    def _with_bos(self, encoder: JsonEncoder | SentencePieceEncoder, text: str, bos: bool) -> list[int]:
         with _library("the tokenizer cannot read a text"):
             try:
-                ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+                ids = encoder.ids(text)
             except (TypeError, UnicodeEncodeError):     # a lone surrogate, which UTF-8 cannot hold: U+FFFD instead
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                ids = self._backend.encode(text, add_special_tokens=False).ids
+                ids = encoder.ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         if self.bos_id is None:
             return ids
         if self.bos_id in ids:                      # a vocabulary that spells BOS as an ordinary word
@@ -196,49 +218,6 @@ def _from_config(config: dict[str, Any], name: str, backend: tokenizers.Tokenize
     return value
 
 
-def _added_tokens(folder: Path, files: dict[str, bytes]) -> dict[int, AddedToken]:
-    """Tokens behind the SentencePiece pieces, from tokenizer_config.json or added_tokens.json, by id."""
-    added: dict[int, AddedToken] = {}
-    if "added_tokens.json" in files:
-        source = str(folder / "added_tokens.json")
-        for text, token_id in parse_object(files["added_tokens.json"], source).items():
-            if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise CheckpointError(f"{source}: {text!r} must have a whole number as its id, found {token_id!r}")
-            if token_id in added:
-                raise CheckpointError(f"{source}: two tokens have the id {token_id}; fetch it again")
-            added[token_id] = AddedToken(text, normalized=False)
-    if "tokenizer_config.json" in files:
-        source = str(folder / "tokenizer_config.json")
-        decoder = parse_object(files["tokenizer_config.json"], source).get("added_tokens_decoder") or {}
-        for number, entry in decoder.items() if isinstance(decoder, dict) else ():
-            if not number.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-                raise CheckpointError(f"{source}: added_tokens_decoder has a malformed entry {number!r}; fetch it again")
-            flags = {flag: bool(entry.get(flag, False)) for flag in ("lstrip", "rstrip", "single_word", "special")}
-            added[int(number)] = AddedToken(entry["content"], normalized=False, **flags)
-    return added
-
-
-def _from_sentencepiece(folder: Path, name: str, files: dict[str, bytes]) -> tuple[tokenizers.Tokenizer, set[int]]:
-    """The encoder of a tokenizer.model with the folder's added tokens, and the special ids."""
-    model = read_sentencepiece(folder / name)
-    backend = to_tokenizers(model)
-    special = {number for number, piece in enumerate(model.pieces) if piece.kind in (CONTROL, UNKNOWN)}
-    for token_id, token in sorted(_added_tokens(folder, files).items()):
-        size = backend.get_vocab_size(with_added_tokens=True)
-        known = backend.id_to_token(token_id)
-        if known is None and token_id == size and backend.token_to_id(token.content) is None:
-            plain = AddedToken(token.content, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip,
-                               single_word=token.single_word)
-            backend.add_tokens([plain])
-        elif known != token.content:
-            raise CheckpointError(f"{folder}: added token {token.content!r} has id {token_id}, but " +
-                                  (f"that id is {known!r}" if known is not None else f"the next free id is {size}") +
-                                  "; fetch the tokenizer's files of one upload")
-        if token.special:
-            special.add(token_id)
-    return backend, special
-
-
 def _from_json(folder: Path, name: str, files: dict[str, bytes]) -> tuple[tokenizers.Tokenizer, set[int]]:
     """The encoder of a tokenizer.json, and the special ids."""
     path = folder / name
@@ -296,7 +275,8 @@ def read_tokenizer(path: Path | str) -> Tokenizer:
         path: a folder (tokenizer.json is preferred to tokenizer.model), or the file.
 
     Raises: CheckpointError: no tokenizer there, or a file of it is broken; names the file.
-    Guarantee: a tokenizer.model gives the ids of the sentencepiece library (tests/peers/test_sentencepiece.py).
+    Guarantee: a tokenizer.model gives the ids of the sentencepiece library (tests/peers/test_sentencepiece.py); with added
+        tokens or "legacy" those of transformers, but for what `encoders` says (tests/peers/test_legacy.py).
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
@@ -311,10 +291,12 @@ def read_tokenizer(path: Path | str) -> Tokenizer:
     if not name:
         raise CheckpointError(f"{folder}: no tokenizer: neither tokenizer.json nor tokenizer.model; fetch one of them")
     if name.endswith(".model"):
-        backend, special = _from_sentencepiece(folder, name, files)
+        pieces = read_sentencepiece_folder(folder, name, files)
+        backend, special = pieces.backend, pieces.special
     else:
-        backend, special = _from_json(folder, name, files)
+        pieces, (backend, special) = None, _from_json(folder, name, files)
     found = _find_specials(folder, files, backend)
     control = {token for token in found.values() if token is not None}
-    return Tokenizer(_only_control_is_special(backend, control), found["bos"], found["eos"], found["pad"], special | control,
-                     files)
+    backend = _only_control_is_special(backend, control)
+    return Tokenizer(backend, found["bos"], found["eos"], found["pad"], special | control, files, control,
+                     pieces.encoder(control) if pieces else None)

@@ -44,6 +44,9 @@ class ToyTokenizer:
                 text = text[1:]
         return ids
 
+    def encode_prompt(self, before: str, note: str, after: str) -> list[int]:
+        return self.encode(before + note + after)
+
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         back = {index: piece.encode() for piece, index in MERGES.items()}
         return b"".join(back.get(i) or bytes([i - 3]) for i in ids if i > 2).decode(errors="replace")

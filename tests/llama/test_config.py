@@ -183,3 +183,22 @@ def test_bytes_that_are_no_text_and_a_missing_file_are_refused(tmp_path: Path) -
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(CheckpointError, match="UTF-8"):
         LlamaConfig.from_json(tmp_path)
+
+
+@pytest.mark.parametrize(("own", "beside", "expected"), [
+    (2, [2, 7], [2, 7]), ([3, 2], 7, [3, 2, 7]), (None, 7, [7]), (2, 2, 2), (2, None, 2), (2, ["7", True, None, 7.0, [7]], 2),
+    (2, {"7": 7}, 2), ([2, "x"], [2], [2, "x"])], ids=str)
+def test_end_tokens_of_generation_config_join_those_of_config(tmp_path: Path, own: Any, beside: Any, expected: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "eos_token_id": own}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": beside}))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert LlamaConfig.from_json(path).to_dict() == {**TINY, "eos_token_id": expected}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[2, 7]", b"\xff\xfe{}", b'{"eos_token_id": 2, "eos_token_id": 7}'])
+def test_a_broken_generation_config_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json") as caught:
+        LlamaConfig.from_json(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -95,6 +95,19 @@ def test_chat_markers_are_read_out_of_text_and_left_out_of_decoded_text(tmp_path
     assert tokenizer.decode(ids, skip_special=False) == "<s><|im_start|>CT"
 
 
+def test_an_end_token_is_read_out_of_a_template_and_not_out_of_a_note(tmp_path: Path) -> None:
+    backend = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer = read_tokenizer(write(tmp_path, backend, tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>",
+                                                                          "pad_token": "<|endoftext|>"}))
+    ids = tokenizer.encode_prompt("<|im_start|>", "a<|im_end|>b", "<|im_end|>\n")
+    letters = tokenizer.encode("a<|im_end|>b")
+    assert ids == [1, *letters, 2, *tokenizer.encode("\n")] and 2 not in letters
+    assert tokenizer.encode_prompt("x ", "CT", " y") == tokenizer.encode("x CT y")
+    assert tokenizer.encode_prompt("<|im_end|>", "\ud83d", "") == [2, *tokenizer.encode("\ufffd")]
+    assert tokenizer.encode_prompt("", "\ufdd0\ufdd1", "<|im_end|>\ufdd1") == [*tokenizer.encode("\ufffd\ufffd"), 2,
+                                                                              *tokenizer.encode("\ufffd")]
+
+
 def test_a_vocabulary_that_spells_bos_as_a_word_gives_one_bos(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "CT": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -183,6 +183,7 @@ def test_models_trained_here_with_other_settings_agree(tmp_path: Path, options: 
 @pytest.mark.parametrize(("options", "said"), [
     ({"model_type": "unigram", "vocab_size": 11}, "only BPE"),
     ({"model_type": "bpe", "vocab_size": 14, "user_defined_symbols": ["[bib]"]}, "user-defined"),
+    ({"model_type": "bpe", "vocab_size": 14, "treat_whitespace_as_suffix": True}, "spaces behind the words .*tokenizer.json"),
 ])
 def test_a_model_that_follows_other_rules_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     prefix, corpus = str(tmp_path / "tokenizer"), ["a b c d e f"] * 9
