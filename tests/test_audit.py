@@ -4,12 +4,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from minilora import NF4_CODE, audit, quantize_nf4
+from minilora import NF4_CODE, LoRAConfig, audit, quantize_nf4
 from minilora.audit import Claim, _exact, _most, _near
 from minilora.cli import main
 
@@ -43,6 +44,7 @@ def test_a_claim_can_fail() -> None:
     ("NF4_CODE", torch.linspace(-1, 1, 16), audit.codebook),
     ("derive_nf4", lambda: NF4_CODE.numpy() * 1.001, audit.codebook),
     ("quantize_nf4", lambda w, blocksize=64, double_quant=True: quantize_nf4(w, 32, double_quant), audit.storage),
+    ("LoRAConfig", partial(LoRAConfig, target_modules=("q_proj", "v_proj")), audit.low_rank),
     ("label_loss", lambda model, batch: model.hidden(batch.input_ids).sum() * batch.label_tokens, audit.loss)])
 def test_a_wrong_part_turns_its_claims_red(monkeypatch: pytest.MonkeyPatch, name: str, wrong: object, check: object) -> None:
     monkeypatch.setattr(audit, name, wrong)

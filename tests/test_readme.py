@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minilora import audit
 from minilora.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,21 @@ def test_its_python_runs_and_gives_the_figures_of_its_comments(capsys: pytest.Ca
     bits, size = capsys.readouterr().out.splitlines()[0].split()
     assert f"{float(bits):.3f} bits a weight: {int(size):,} bytes instead of {4096 * 4096 * 4:,}" in code
     assert names["logits"].shape[-1] == names["model"].config.vocab_size  # type: ignore[attr-defined]
+
+
+def test_the_core_to_read_in_an_afternoon_is_as_long_as_it_says() -> None:
+    told = re.search(r"^The afternoon is for the core, some ([\d,]+) lines:(.*?)\n\n", TEXT, flags=re.DOTALL | re.MULTILINE)
+    assert told is not None
+    named = [ROOT / name for name in re.findall(r"`(minilora/[\w./]+)`", told[2])]
+    files = [file for path in named for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
+    lines, said = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files), int(told[1].replace(",", ""))
+    assert len(named) == 6 and 0.9 * said < lines < 1.1 * said, f"{lines:,} lines"
+
+
+def test_what_merging_into_4_bits_keeps_is_what_the_audit_measures() -> None:
+    measured = [f"{float(claim.measured):.2f}" for claim in audit.merging() if "merging into 4 bits" in claim.claim]
+    told = "keeps a cosine of {}, {} and {};".format(*measured)
+    assert told in " ".join(TEXT.split()), told
 
 
 def test_no_placeholder_is_left_in_it() -> None:

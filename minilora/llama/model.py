@@ -148,8 +148,8 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """A Llama with its head.
 
-    Attributes: `config`; `gradient_checkpointing`: recompute each block in backward instead of keeping its activations;
-        `activation_offloading`: keep what that needs in host memory.
+    Attributes: `config`; `gradient_checkpointing`: recompute each half of a block in backward instead of keeping its
+        activations; `activation_offloading`: keep what that needs in host memory.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -4,10 +4,14 @@
     backward    at the first number that is asked for, y is computed again with the generators as they were then, and what is
                 to be kept is kept under its number until the backward has used it
 
-Of L blocks, the activations of one are alive at a time, beside L inputs, for a second forward: a third more work (arXiv
-1604.06174 keeps every √L-th; here each block keeps its own input).  Not all of it is made twice.  The second forward ends where
-the last tensor to be kept is there: what follows it, such as a block's last base product, is not computed again.  And what is
-dear to make but small is `remembered`: of attention its result (arXiv 2205.05198, section 5, "selective" recomputation).
+Of n blocks, the activations of one are alive at a time, beside n inputs (arXiv 1604.06174 keeps every √n-th; here each block
+keeps its own).  In a Llama each half of a layer, attention and MLP, is a block here: of L layers about 2L inputs are kept.
+
+The price is a second forward.  A weight that is trained takes part in three products (forward, ∂x, ∂W), and the fourth is a
+third more; a frozen one has no ∂W, so there it is about half as many again.  Not all of it is made twice.  The second forward
+ends where the last tensor to be kept is there: what follows it, such as a block's last base product, is not computed again.
+And what is dear to make but small is `remembered`: of attention its result (arXiv 2205.05198, section 5, "selective"
+recomputation).
 
 Two ways to keep less still, for long notes.  What lies on a GPU between forward and backward can lie in host memory instead
 (`on_host`).  And a block that treats each row by itself, as an MLP does, needs the activations of some rows at a time alone
