@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import warnings
@@ -137,8 +138,6 @@ def peak_bytes(device: torch.device) -> int:
     found = _from_status("VmHWM")
     if found is not None:
         return found
-    import resource  # absent on Windows, where the GPU branch still works
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -10,8 +10,9 @@ For each parameter θ with gradient g, at its t-th step:
 Sources: Adam (arXiv 1412.6980, algorithm 1), decoupled decay (arXiv 1711.05101, algorithm 2).  The order of the roundings
 is that of ``torch.optim.AdamW(foreach=False, fused=False)``: float32 results are equal to the bit.
 
-The moments take 8 bytes a parameter.  In 8 bits (arXiv 2110.02861) they take 2, and a constant for every 256 of them: by the
-dynamic map, signed for m and unsigned for v, whose levels are dense near zero, where moments are most of the time.
+The moments take 8 bytes a parameter.  In 8 bits (arXiv 2110.02861) they take 2, and a constant for every 256 of them (as in
+bitsandbytes; the paper has one for 2,048): by the dynamic map, signed for m and unsigned for v, whose levels are dense near
+zero, where moments are most of the time.
 
 Lesson 11 explains it.
 """

@@ -67,7 +67,7 @@ def dynamic_code(signed: bool = True, precision: Callable[[float], float] = floa
     times 10^e; with a sign their mirror images; then 0 and 1.
 
     Args: precision: rounds every intermediate result; the parts' ends are counted from the nearer end, as torch does.
-    Source: arXiv 2110.02861 section 1.3.
+    Source: arXiv 2110.02861, sections 1.3 (with a sign) and 2.2 (without).
     """
     levels, low, high = [0.0, 1.0], precision(0.1), 1.0
     for exponent in range(-6, 1):
