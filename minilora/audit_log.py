@@ -13,6 +13,7 @@ SIGKILL ends has none, nor an output: the run that goes on with it has one, and 
 """
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,7 @@ import os
 import platform
 import pwd
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ FILE = "predictions-audit.jsonl"
 DECIDING = ("config.json", "adapter_config.json", "adapter_model.safetensors", "minilora.json", "labels.txt", "tokenizer.json",
             "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
+HEAD = b'{"user": '             # how each line begins
+KEYS = {"user", "host", "started", "ended", "outcome", "model"}         # that each line has had in every version
 
 
 @dataclass
@@ -95,17 +99,53 @@ def digest_of(path: Path, names: Iterable[str] | None = None) -> str | None:
 def model_digest(folder: Path) -> str | None:
     """`digest_of` the files of a model's or an adapter's folder that decide what it answers, its own base among them."""
     inner = own_base(folder) if (folder / DECIDING[1]).is_file() else None
-    names = {path.name for path in folder.iterdir() if path.is_file()
-             and (path.name in DECIDING or any(path.match(pattern) for pattern in WEIGHTS))}
+    names = {path.name for path in folder.iterdir() if path.is_file() and _decides(path.name)}
     if inner is not None:
         names |= {str(path.relative_to(folder)) for path in inner.iterdir() if path.is_file()}
     return digest_of(folder, names)
 
 
+def _check_apart(path: Path, asked: Asked) -> None:
+    """Refuse a log that is, or would be, something else that the run reads or writes; nothing is written.
+
+    Raises: OutputError: so.
+    """
+    place = path.resolve()
+    for name, used in (("--data", asked.data), ("--out", asked.out), ("--labels", asked.labels), ("--model", asked.model),
+                       ("--adapter", asked.adapter)):
+        if used is None or "://" in used:
+            continue
+        there = Path(used).resolve()
+        if name != "--out" and not there.exists():      # a name, such as tiny
+            continue
+        same = place == there or (path.exists() and there.exists() and path.samefile(there))
+        inside = there in place.parents and (name == "--out" or (name != "--data" and _decides(path.name)))
+        if same or inside:
+            raise OutputError(f"the audit log {path} {'lies in' if inside else 'is'} what {name} names; name another with "
+                              "--audit FILE")
+
+
+def _decides(name: str) -> bool:
+    """Whether a file of this name in a model's folder is a part of the model."""
+    return name in DECIDING or any(Path(name).match(pattern) for pattern in WEIGHTS)
+
+
+def _is_log(start: bytes) -> bool:
+    """Whether a file that begins so is empty or a log; a power cut may have left half of its first line."""
+    line = start.partition(b"\n")[0]
+    if not line.startswith(HEAD):
+        return not start or (bool(line) and HEAD.startswith(line))
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return True
+    return isinstance(found, dict) and found.keys() >= KEYS
+
+
 def _log(path: Path) -> int:
     """The log, open for lines to be added.
 
-    Raises: OutputError: it cannot be, or is no file of its own.
+    Raises: OutputError: it cannot be, is no file of its own, or holds something else.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
@@ -114,6 +154,10 @@ def _log(path: Path) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OutputError(f"the audit log {path} is no plain file; name another with --audit FILE")
+    if not _is_log(os.pread(descriptor, 1 << 16, 0)):
+        os.close(descriptor)
+        raise OutputError(f"{path} is there and is no audit log (its first line is none of one), so nothing is added to it; "
+                          "name another with --audit FILE")
     if os.fstat(descriptor).st_mode & 0o077:
         os.fchmod(descriptor, 0o600)
     return descriptor
@@ -129,10 +173,28 @@ def _append(descriptor: int, path: Path, record: dict[str, Any]) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size         # a line that a power cut left half there stays, on a line of its own
         whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
-        os.write(descriptor, line if whole else b"\n" + line)
+        line = line if whole else b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
     except OSError as error:
         raise OutputError(f"cannot write the audit log {path}: {disk_reason(error)}; its line is missing") from None
+
+
+def _end(descriptor: int, path: Path, record: dict[str, Any], failed: BaseException | None) -> None:
+    """`_append`, which takes the place of no other error: of what has failed already the message gets longer.
+
+    Raises: OutputError: the disk refuses, and nothing else has failed.
+    """
+    try:
+        _append(descriptor, path, record)
+    except OutputError as error:
+        if failed is None:
+            raise
+        if isinstance(failed, MiniloraError):
+            failed.args = (f"{failed.args[0] if failed.args else ''} (and {error})", *failed.args[1:])
+        else:
+            warnings.warn(str(error), stacklevel=2)
 
 
 def labelled_by(table: Path) -> dict[str, Any] | None:
@@ -164,7 +226,8 @@ def audited(asked: Asked, log: str | Path | None) -> Iterator[Tally]:
 
     Args: log: the file; None: `FILE` beside the output; without both nothing is written.
     Yields: what the body counts its rows in.
-    Raises: OutputError: the log cannot be written, which is found before anything is read; what the body raises.
+    Raises: OutputError: the log cannot be written, which is found before anything is read; what the body raises, with a remark
+        behind it where the line about that cannot be written either.
     Guarantee: nothing of a note, of a row or of an error's text goes in (tests/test_audit_log.py, tests/test_privacy.py).
     """
     tally = Tally()
@@ -172,9 +235,11 @@ def audited(asked: Asked, log: str | Path | None) -> Iterator[Tally]:
         yield tally
         return
     path = Path(log) if log is not None else Path(str(asked.out)).absolute().with_name(FILE)
+    _check_apart(path, asked)
     descriptor = _log(path)
     record: dict[str, Any] = {"user": _user(), "host": platform.node(), "started": _now(), "ended": None, "outcome": "failed",
                               "error": None, "model": asked.model, "model_sha256": None}
+    failed: BaseException | None = None
     try:
         try:
             fetched = asked.registered is not None          # into a folder that is gone at the end
@@ -189,14 +254,14 @@ def audited(asked: Asked, log: str | Path | None) -> Iterator[Tally]:
                     record["output_sha256"] = digest_of(Path(asked.out))
             record["outcome"] = "done"
         except BaseException as error:
-            record["error"] = type(error).__name__
+            record["error"], failed = type(error).__name__, error
             if not isinstance(error, Exception) or isinstance(error, StoppedError):
                 record["outcome"] = "stopped"
             raise
         finally:
             record |= {"ended": _now(), "rows_read": tally.rows_read, "rows_predicted": tally.rows_predicted,
                        "rows_in_error": tally.rows_in_error}
-            _append(descriptor, path, record)
+            _end(descriptor, path, record, failed)
     finally:
         os.close(descriptor)
 

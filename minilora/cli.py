@@ -17,6 +17,7 @@ from minilora.config import TrainConfig, check_offloading, read_toml
 from minilora.errors import ConfigError, MiniloraError, StoppedError, memory_reason
 from minilora.flags import (
     NO_SETTINGS,
+    SEED,
     Formatter,
     Parser,
     answer_flags,
@@ -27,6 +28,7 @@ from minilora.flags import (
     model_flags,
     out_flags,
     predict_flags,
+    quantize_flags,
     score_flags,
     store_flags,
     team_flags,
@@ -49,22 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "everything, offline, on the small model and data that ship")
     sub.add_argument("--out", default="demo-out", help="folder for scores, run and picture")
-    sub.add_argument("--seed", type=int, default=0, help="of the data and the training")
+    sub.add_argument("--seed", type=SEED, default=0, help="of the data and the training")
     out_flags(sub)
 
-    sub = command("data", _data, "write the synthetic radiology set (train.csv, val.csv, test.csv), or look a table over "
-                                 "(data check FILE)")
+    sub = command("data", task_commands.data,
+                  "write the synthetic radiology set (train.csv, val.csv, test.csv), or look a table over (data check FILE)")
     data_flags(sub)
     out_flags(sub)
 
     sub = command("quantize", _quantize, "turn a 16-bit checkpoint into a 4-bit one (Hugging Face bitsandbytes format)")
-    sub.add_argument("model", help="tiny, a folder in Hugging Face's layout, or a hub id")
-    sub.add_argument("out", help="folder to create")
-    sub.add_argument("--blocksize", type=int, default=64, help="weights per block")
-    sub.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
-                     help="quantize the block constants too")
-    sub.add_argument("--dtype", default="bfloat16", help="of embeddings, norms and head: float32, bfloat16 or float16")
-    sub.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
+    quantize_flags(sub)
     out_flags(sub)
 
     sub = command("train", _train, "fine-tune a 4-bit base with LoRA (or all weights) on a table of notes and labels")
@@ -148,16 +144,6 @@ def _demo(args: argparse.Namespace) -> None:
     demo(args.out, args.seed, args.overwrite, args.quiet)
 
 
-def _data(args: argparse.Namespace) -> None:
-    if args.table is not None:
-        task_commands.check(args)
-        return
-    from minilora.data.radiology import PROTOCOLS, RULES, write_dataset
-    counts = write_dataset(args.out, n=args.n, seed=args.seed, overwrite=args.overwrite)
-    print(", ".join(f"{name}.csv {count:,} notes" for name, count in counts.items())
-          + f" in {args.out}: {len(PROTOCOLS)} protocols by {len(RULES)} clinical rules")
-
-
 def _quantize(args: argparse.Namespace) -> None:
     from minilora.convert import quantize_folder
     print(quantize_folder(args.model, args.out, args.blocksize, args.double_quant, args.dtype, args.pad_vocab, args.overwrite,
@@ -210,11 +196,12 @@ def _memory(args: argparse.Namespace) -> None:
                     accumulate=args.accumulate, state_bits=args.state_bits, resident_bytes=pages,
                     on_gpu=device.type == "cuda", new_tokens=args.new_tokens)
     config = shape_of(args.model)
+    shared = f"\n{shared_table(config, work, args.processes)}" if args.processes else ""
     print(describe(args.model, config, work))
     columns = plan(args.model, config, work, measured=args.measure, device=str(device))
     print(table(columns))
-    if args.processes:
-        print(f"\n{shared_table(config, work, args.processes)}")
+    if shared:
+        print(shared)
     if args.json:
         write_json(args.json, [as_object(column) for column in columns])
 

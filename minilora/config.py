@@ -24,7 +24,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
 # Settings that a resumed run may change.
 MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device",
               "resident_mib", "page_bytes", "backing", "cache", "activation_offloading"}
@@ -82,7 +81,9 @@ class TrainConfig:
     warmup: float = _setting(0.05, "share of the steps in which the rate rises from 0; then it falls as a cosine to 0")
     weight_decay: float = _setting(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm; 0 = never")
-    gradient_checkpointing: bool = _setting(False, "recompute activations in backward: less memory, a third more time")
+    gradient_checkpointing: bool = _setting(
+        False, "recompute activations in backward: less memory, and about half as many products again over frozen weights, a "
+               "third where all are trained")
     activation_offloading: bool = _setting(False, "keep in host memory what gradient checkpointing keeps, for notes that a GPU "
                                                   "does not hold otherwise")
     eval_every: int = _setting(0, "optimizer steps between validations; 0 = at the end only")
@@ -105,13 +106,17 @@ class TrainConfig:
                 raise ConfigError(f"{name} is required: {_help(name)}")
         ranges = [("blocksize", 1, 1 << 16), ("batch_size", 1, 1 << 16), ("accumulate", 1, 1 << 16), ("max_length", 8, 1 << 20),
                   ("lr", 0, 10), ("loraplus_lr_ratio", 1e-3, 1e3), ("warmup", 0, 1), ("weight_decay", 0, 100),
-                  ("max_grad_norm", 0, math.inf), ("eval_every", 0, math.inf), ("save_every", 0, math.inf),
-                  ("max_steps", 0, math.inf), ("new_tokens", 0, 1 << 20), ("epochs", 0, 1e6), ("seed", 0, 2 ** 63 - 1)]
+                  ("max_grad_norm", 0, math.inf), ("eval_every", 0, 10 ** 12), ("save_every", 0, 10 ** 12),
+                  ("max_steps", 0, 10 ** 12), ("new_tokens", 0, 1 << 20), ("epochs", 0, 10 ** 6), ("seed", 0, 2 ** 63 - 1),
+                  ("page_bytes", 1, 1 << 30), ("resident_mib", 0, 1 << 40)]
         for name, low, high in ranges:
             if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} must lie between {low} and {high:g}, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must lie between {low} and {high:,}, not {getattr(self, name)}")
         if not self.epochs and not self.max_steps:
             raise ConfigError("nothing to train: epochs is 0; give epochs or max_steps")
+        if self.eval_every and not self.val:
+            raise ConfigError("eval_every says how often to validate, and there is nothing to validate on: add val, or leave "
+                              "it out")
         if self.resume and self.overwrite:
             raise ConfigError("resume goes on with the run folder, overwrite replaces it: give one of the two")
         if self.tune == "full" and self.quantize != "none":
@@ -137,20 +142,32 @@ class TrainConfig:
         """Read a run.toml; `overrides` (the flags given on the command line) win."""
         return cls(**{**read_toml(path), **overrides})
 
-    def save(self, path: str | Path) -> None:
-        """Write config.toml: everything but how this call was made (resume, overwrite, quiet)."""
-        write_text(path, tomli_w.dumps(self.settings()))
+    def save(self, path: str | Path, remark: str = "") -> None:
+        """Write config.toml: everything but how this call was made (resume, overwrite, quiet).
+
+        Args: remark: what the settings do not tell, of one line: a comment on top, under those of a run that is gone on with.
+        """
+        kept = Path(path).read_text(encoding="utf-8").splitlines() if self.resume and Path(path).is_file() else []
+        remarks = [line for line in kept if line.startswith("# ")] + ([f"# {remark}"] if remark else [])
+        write_text(path, "".join(line + "\n" for line in remarks) + tomli_w.dumps(self.settings()))
+
+    def steps(self, per_epoch: int) -> int:
+        """Optimizer steps of the whole run, of which an epoch has `per_epoch`."""
+        total = math.ceil(self.epochs * per_epoch)
+        return total if not self.max_steps else min(total, self.max_steps) if self.epochs else self.max_steps
 
     def settings(self) -> dict[str, Any]:
         """What config.toml holds."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
                 if name not in ("resume", "overwrite", "quiet")}
 
-    def check_resumes(self, path: str | Path) -> None:
+    def check_resumes(self, path: str | Path) -> TrainConfig:
         """Refuse to go on with a run under settings that would make another run of it.
 
-        Files may have moved, and a run may be made longer or shorter (the rate then follows the new length).
+        Files may have moved, and a run may be made longer or shorter (the rate then follows the new length, and whoever trains
+        says so: `run_checkpoints.length_changed`).
 
+        Returns: these settings with the length that the run had until now.
         Raises: ConfigError: the run's config.toml differs, or cannot be read.
         """
         # An older run's file lacks what was no setting yet: it went by the default.
@@ -161,6 +178,7 @@ class TrainConfig:
             if was != now[name]:
                 raise ConfigError(f"resume: {name} is {now[name]!r} and was {was!r} in {path}; give it as before, or start "
                                   "another run")
+        return dataclasses.replace(self, epochs=before["epochs"], max_steps=before["max_steps"])
 
 
 def check_offloading(offloading: bool, checkpointing: bool, device: str | None = None) -> None:
@@ -209,7 +227,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{name} must be a list of names, not {value!r}")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1023 else math.inf       # a TOML file's numbers have no end
     if isinstance(value, Path):
         value = str(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):

@@ -78,7 +78,7 @@ def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Em
 
     Raises:
         DataError: nothing to score, unequal lengths, an empty reference, a probability outside [0, 1].
-        ConfigError: resamples below 1, or an embedder whose answer isn't one finite vector a text.
+        ConfigError: resamples below 1, a seed below 0, or an embedder whose answer isn't one finite vector a text.
     """
     n = len(references)
     if not n:
@@ -89,8 +89,8 @@ def evaluate(predictions: Sequence[str], references: Sequence[str], embedder: Em
     empty = next((index for index, label in enumerate(references) if not label.strip()), None)
     if empty is not None:
         raise DataError(f"reference {empty + 1} of {n} is empty; fill it in or remove its row")
-    if resamples < 1:
-        raise ConfigError(f"resamples must be at least 1, not {resamples}")
+    if resamples < 1 or seed < 0:
+        raise ConfigError(f"resamples must be at least 1 and seed at least 0, not {resamples} and {seed}")
     others = others or {}
     uneven = next((name for name, answers in others.items() if len(answers) != n), None)
     if uneven is not None or (ranked is not None and len(ranked) != n) or (twins is not None and len(twins.similarity) != n):

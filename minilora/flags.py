@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 from minilora.config import TrainConfig
@@ -26,6 +27,22 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return (super()._get_help_string(action) if shown else action.help) or ""
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of a flag: a whole number of a range, which the message tells."""
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must lie between {low:,} and {high:,}, not {text.strip()[:40]}")
+        return value
+
+    read.__name__ = "int"       # as argparse names it where the text is no number
+    return read
+
+
+SEED = whole(0, 2 ** 63 - 1)
+BLOCKSIZE = whole(1, 1 << 30)           # what the reader of 4-bit checkpoints takes
+
+
 def train_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of TrainConfig; absent ones stay absent, so that --config can fill them."""
     hints = typing.get_type_hints(TrainConfig)
@@ -44,6 +61,17 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
         else:
             options |= {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
         parser.add_argument(flag, **options)
+
+
+def quantize_flags(parser: argparse.ArgumentParser) -> None:
+    """What is quantized, and how."""
+    parser.add_argument("model", help="tiny, a folder in Hugging Face's layout, or a hub id")
+    parser.add_argument("out", help="folder to create")
+    parser.add_argument("--blocksize", type=BLOCKSIZE, default=64, help="weights per block")
+    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
+                        help="quantize the block constants too")
+    parser.add_argument("--dtype", default="bfloat16", help="of embeddings, norms and head: float32, bfloat16 or float16")
+    parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
 
 
 def model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False, registry: bool = False) -> None:
@@ -75,7 +103,7 @@ def score_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="labelled table: CSV, JSONL or Parquet")
     parser.add_argument("--label-column", default="label", help="column of labels")
     parser.add_argument("--out", required=True, help="folder for metrics.json and predictions.csv")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the bootstrap")
     parser.add_argument("--embedder", default="base",
                         help="what measures cosine similarity: base (the base model itself), minilm (extra [minilm]), or the "
                              "folder of a sentence-transformers BERT")
@@ -96,7 +124,7 @@ def compare_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ours", metavar="SCORES", help="what evaluate wrote, a run folder around it, or a table of predictions")
     parser.add_argument("other", metavar="OTHER", help="the same of another method, on the same rows")
     parser.add_argument("--label-column", default="label", help="column of labels")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the bootstrap")
 
 
 def predict_flags(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +138,8 @@ def predict_flags(parser: argparse.ArgumentParser) -> None:
                         help="go on where an earlier prediction of --out was interrupted; the bytes are the same")
     parser.add_argument("--spark", action="store_true",
                         help="by PySpark on this machine (extra [spark], Java 17): --out is a folder of such tables")
-    parser.add_argument("--workers", type=int, metavar="N", help="Python processes of --spark (default: one a core)")
+    parser.add_argument("--workers", type=whole(1, 1 << 16), metavar="N",
+                        help="Python processes of --spark (default: one a core)")
     parser.add_argument("--mlflow", metavar="URI", default=None,
                         help="store of a --model models:/NAME@ALIAS or models:/NAME/VERSION (default: sqlite:///mlflow.db)")
     parser.add_argument("--registry", metavar="URI", help="the registry, where it is not that store (databricks-uc)")
@@ -121,7 +150,8 @@ def predict_flags(parser: argparse.ArgumentParser) -> None:
 
 def data_flags(parser: argparse.ArgumentParser) -> None:
     """What `data` writes, and how `data check` reads a table."""
-    parser.add_argument("out", help="folder to create; or the word check, and behind it a table")
+    parser.add_argument("out", help="folder to create (./check, if it is to be called check); or the word check, and "
+                                    "behind it a table")
     parser.add_argument("table", nargs="?", help="table to look over: CSV, JSONL or Parquet; no note of it is shown")
     parser.add_argument("--n", type=int, default=10_000, help="notes in all three splits together (80/10/10)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
@@ -183,8 +213,8 @@ def memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True,
                         help="quantize the block constants as well")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; a GPU need not be here to be planned for")
-    parser.add_argument("--processes", nargs="+", type=int, default=[], metavar="N",
-                        help="say as well what each of N processes holds and sends (train --distributed)")
+    parser.add_argument("--processes", nargs="+", type=whole(2, 1 << 20), default=[], metavar="N",
+                        help="say as well what each of N processes (2 or more) holds and sends (train --distributed)")
     parser.add_argument("--measure", nargs="+", choices=("full", "lora", "qlora"), default=[], metavar="KIND",
                         help="take three steps of full, lora or qlora over random weights, and show what they took beside it")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well, in bytes")
@@ -198,4 +228,5 @@ def course_flags(lesson: argparse.ArgumentParser, check: argparse.ArgumentParser
     what = check.add_mutually_exclusive_group(required=True)
     what.add_argument("number", type=int, nargs="?", metavar="N", help="number of the exercise")
     what.add_argument("--all", action="store_true", help="every exercise: how far you are in the course")
-    check.add_argument("--file", metavar="F", help="grade this file (default: lessons/exercises/NN.py)")
+    check.add_argument("--file", metavar="F", help="grade this file (default: lessons/exercises/NN.py or exercises/NN.py here, "
+                                                   "or the checkout's)")

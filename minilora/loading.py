@@ -10,6 +10,7 @@ import torch
 from minilora.adapters import load_adapter, read_adapter_config
 from minilora.errors import CheckpointError, ConfigError
 from minilora.hub import resolve_model
+from minilora.llama.bnb_format import LARGEST_BLOCK
 from minilora.llama.checkpoint import load_checkpoint
 from minilora.llama.config import LlamaConfig, linear_parameters, num_parameters
 from minilora.llama.model import LlamaForCausalLM
@@ -106,8 +107,8 @@ def load_model(path_or_hub_id: str | Path, quantize: Literal["nf4"] | None = "nf
         raise ConfigError(f"quantize must be 'nf4' or None, not {quantize!r}")
     if dtype not in (*DTYPES.values(), torch.float64):
         raise ConfigError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, not {dtype!r}")
-    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
-        raise ConfigError(f"blocksize must be a positive whole number of weights, not {blocksize!r}")
+    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or not 1 <= blocksize <= LARGEST_BLOCK:
+        raise ConfigError(f"blocksize must be a positive whole number of weights, up to {LARGEST_BLOCK:,}, not {blocksize!r}")
     device = pick_device(str(device))
     if adapter is not None:
         read_adapter_config(adapter)        # a bad one is refused before gigabytes are read

@@ -57,13 +57,15 @@ def shares(config: LlamaConfig, work: Workload, processes: int) -> list[Share]:
 
 
 def table(config: LlamaConfig, work: Workload, numbers: Sequence[int]) -> str:
-    """A line for each number of processes and way."""
+    """A line for each number of processes and way.
+
+    Raises: ConfigError: as `shares`.
+    """
+    found = [share for processes in numbers for share in shares(config, work, processes)]
     lines = ["  QLoRA by several processes, of each: peak memory, and what it sends over the network in a step", "",
              f"  {'processes':<12}{'way':<8}{'notes at a time':>16}{'peak':>14}{'sent':>14}"]
-    for processes in numbers:
-        notes = -(-work.batch // processes)
-        lines += [f"  {share.processes:<12}{share.kind:<8}{notes:>16}{size(share.peak):>14}{size(share.sent):>14}"
-                  for share in shares(config, work, processes)]
+    lines += [f"  {share.processes:<12}{share.kind:<8}{-(-work.batch // share.processes):>16}{size(share.peak):>14}"
+              f"{size(share.sent):>14}" for share in found]
     whole = [size(ring(4 * num_parameters(config), processes)) for processes in numbers]
     return "\n".join([*lines, "", f"  The gradients of all weights, in float32, would be {', '.join(whole)}."])
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minilora.adapters import read_json_object
-from minilora.errors import CheckpointError, OutputError
+from minilora.errors import CheckpointError, ConfigError, OutputError
 from minilora.files import TEMPORARY, clear_leftovers, disk_reason, file_sha256, new_folder, sync_file, write_json, write_text
 from minilora.llama.safetensors_file import read_header, write_safetensors
 from minilora.optim.paged_adamw import PagedAdamW, StoredState
@@ -123,6 +123,26 @@ def _verify(path: Path) -> None:
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run has come as far as its first checkpoint."""
     return bool(_checkpoints(folder))
+
+
+def length_changed(folder: Path, before: int, now: int) -> str:
+    """What becomes of a run that is gone on with and made longer or shorter.
+
+    Args: before, now: its optimizer steps in all, as they were and as they are to be.
+    Returns: a sentence for whoever uses the adapter; "" where the length is the same, or nothing was done yet.
+    Raises: ConfigError: it has done more steps already.
+    Warns: UserWarning: the sentence.
+    """
+    done = _step(found[-1]) if (found := _checkpoints(folder)) else 0
+    if before == now or not done:
+        return ""
+    if now < done:
+        raise ConfigError(f"resume: {folder} has done {done:,} steps already, and these epochs and max_steps ask for {now:,}; "
+                          "ask for more, or start another run")
+    remark = (f"resumed after step {done:,} with {now:,} steps in all instead of {before:,}: the learning rate follows another "
+              "schedule from there on, so no single command gives this run's weights again")
+    warnings.warn(remark, stacklevel=2)
+    return remark
 
 
 def last_checkpoint(folder: Path) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from minilora.evaluation import Scored
 from minilora.files import Kind, check_output, file_sha256, new_folder
 from minilora.identity import fingerprint
 from minilora.layers.qlora import base_only
+from minilora.metrics import normalize_label
 from minilora.predict import ROWS_AT_ONCE, Prediction, Predictor, chunks
 
 KIND = Kind("metrics.json", ("metrics.json", "predictions.csv"))
@@ -172,15 +174,26 @@ def identify(predictor: Predictor, data: str | Path, beside: Beside) -> Scored:
         answers=digest_of(beside.answers_file) if beside.answers_file is not None else None)
 
 
+def _never_right(references: Sequence[str], labels: Sequence[str] | None) -> int:
+    """Rows whose label is no possible answer."""
+    known = {normalize_label(label) for label in labels or ()}
+    return sum(normalize_label(reference) not in known for reference in references) if labels is not None else 0
+
+
 def score_table(predictor: Predictor, data: str | Path, input_column: str, label_column: str, out: str | Path, seed: int = 0,
                 overwrite: bool = False, quiet: bool = False, beside: Beside | None = None) -> Evaluation:
     """Predict a labelled table, or take the answers that `beside` has, and write metrics.json and predictions.csv
     (owner-only) into a folder.
 
     Raises: DataError, OutputError.
+    Warns: UserWarning: rows that no answer among the predictor's labels is right for.
     """
     table, beside = read_scored_table(data, input_column, label_column, out, overwrite), beside or Beside()
     notes, references = [row.text for row in table.rows], [row.label or "" for row in table.rows]
+    never = _never_right(references, predictor.labels)
+    if never:
+        warnings.warn(f"{data}: {never:,} of {len(references):,} rows have a label that is none of the "
+                      f"{len(predictor.labels or ()):,} labels that can be answered, and can never be right", stacklevel=2)
     answers, others = beside.answers or predict_all(predictor, notes, quiet), dict(beside.others)
     if beside.baseline:
         others[NAME] = bag_of_words([(row.text, row.label or "") for row in beside.train], notes, seed=seed)[0]

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+OURS = ("minilora", "minilora.exe", "-m")       # what a program is called; the last while python -m looks for the module
 
 
 class Request:
@@ -52,6 +56,21 @@ def terminated_cleanly() -> Iterator[None]:
 
     with _handled((signal.SIGTERM,), leave):
         yield
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Around imports, which take seconds: Ctrl-C in the middle of them ends the command in one line, with exit code 130.
+
+    In any other program than ours (``minilora``, ``python -m minilora``) it is raised as ever.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") not in OURS:
+            raise
+        _say("minilora: stopped\n")
+        raise SystemExit(130) from None
 
 
 @contextmanager

@@ -21,6 +21,12 @@ def _store(args: argparse.Namespace) -> Store:
     return Store(args.mlflow or Store.tracking, getattr(args, "registry", None), getattr(args, "experiment", Store.experiment))
 
 
+def _check_store(args: argparse.Namespace) -> None:
+    """Refuse flags that say something of what is not asked for."""
+    if args.alias and not args.register:
+        raise ConfigError("--alias names the version that is registered: add --register NAME, or leave it out")
+
+
 def followed(args: argparse.Namespace, out: str) -> AbstractContextManager[None]:
     """What `minilora train` trains in: with ``--mlflow`` the run is sent while it goes on.
 
@@ -30,6 +36,7 @@ def followed(args: argparse.Namespace, out: str) -> AbstractContextManager[None]
         if args.register or args.alias or args.registry:
             raise ConfigError("--register, --alias and --registry need --mlflow")
         return nullcontext()
+    _check_store(args)
     from minilora.integrations.tracking import follow
     return follow(out, _store(args))
 
@@ -71,6 +78,7 @@ def register(args: argparse.Namespace, out: str) -> None:
 
 def track(args: argparse.Namespace) -> None:
     """`minilora track`."""
+    _check_store(args)
     from minilora.integrations.tracking import track
     print(f"run {track(args.folder, _store(args))}")
     register(args, args.folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from minilora.data.formats import shown
-from minilora.data.prompts import clean_note
-from minilora.data.tables import MAX_LABEL_LENGTH, Row, iter_table
-from minilora.duplicates import find_twins
-from minilora.errors import DataError
+from minilora.data.prompts import DEFAULT_TEMPLATE, clean_note, encode_example, load_template, longest_label
+from minilora.data.tables import MAX_LABEL_LENGTH, Row, iter_table, training_examples
+from minilora.duplicates import find_twins, shingles
+from minilora.errors import ConfigError, DataError
 from minilora.identifiers import identifier_kinds
 from minilora.llama.new_tokens import of_language, tokens_a_word
 from minilora.llama.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class TableCheck:
             a label column, or where its values are no labels.
         tokens: 0th, 50th, 95th and 100th percentile of a note's tokens; histogram: rows up to each of `BINS`, the rest last.
         tokens_a_word: of letters, on average. identifiers: rows that seem to hold one, by kind.
+        labelled: whether there is a label column. stops: what training says of the table where it refuses it.
     """
 
     n: int
@@ -65,6 +67,8 @@ class TableCheck:
     histogram: list[int]
     tokens_a_word: float
     identifiers: dict[str, int]
+    labelled: bool = True
+    stops: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -75,12 +79,18 @@ def _folded(label: str) -> str:
     return "".join(unicodedata.normalize("NFC", label).casefold().split())       # as `data.tables.training_examples` compares
 
 
-def check_table(path: str | Path, input_column: str, label_column: str | None, tokenizer: Tokenizer) -> TableCheck:
+def check_table(path: str | Path, input_column: str, label_column: str | None, tokenizer: Tokenizer, max_length: int = 512
+                ) -> TableCheck:
     """Look a table over.
 
-    Args: label_column: default "label", if there is such a column. tokenizer: whose tokens are counted, without BOS.
-    Raises: DataError: the table cannot be read, or lacks a column that was named.
+    Args:
+        label_column: default "label", if there is such a column. tokenizer: whose tokens are counted, without BOS.
+        max_length: tokens of prompt and label together, as in training.
+
+    Raises: DataError: the table cannot be read, lacks a column that was named, or one is named for both.
     """
+    if label_column == input_column:
+        training_examples(path, input_column, label_column)     # says why not
     rows = list(iter_table(path, input_column))
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
     if label_column is not None and label_column not in columns:
@@ -103,7 +113,37 @@ def check_table(path: str | Path, input_column: str, label_column: str | None, t
         (spread[0], spread[1], spread[2], spread[3]),
         np.bincount(np.searchsorted(BINS, lengths), minlength=len(BINS) + 1).tolist(),
         tokens_a_word(tokenizer, (row.text for row in rows)),
-        {kind: identifiers[kind] for kind in sorted(identifiers, key=lambda kind: -identifiers[kind])})
+        {kind: identifiers[kind] for kind in sorted(identifiers, key=lambda kind: -identifiers[kind])},
+        named is not None, _stops(path, input_column, named, tokenizer, max_length, sensible) if named is not None else None)
+
+
+def _stops(path: str | Path, input_column: str, label_column: str, tokenizer: Tokenizer, max_length: int, show_labels: bool
+           ) -> str | None:
+    """What training says of the table, or None: it is asked itself, so that it finds nothing that is not found here."""
+    try:
+        examples = training_examples(path, input_column, label_column)
+        note, label, row = max(examples, key=lambda example: len(example[0]))       # needs most room
+        encode_example(tokenizer, load_template(DEFAULT_TEMPLATE), note, label, max_length, row=row,
+                       reserve=longest_label(tokenizer, {label for _, label, _ in examples}))
+    except (DataError, ConfigError) as error:
+        quotes = "differ only by" in str(error)
+        return str(error) if show_labels or not quotes else f"{path}: labels differ only by case or spacing; write them one way"
+    return None
+
+
+def warn_of_shared_notes(data: str | Path, val: str | Path, input_column: str) -> None:
+    """Say how many notes of a validation table stand in the training table: their loss tells nothing.
+
+    The training table is read row by row.  Two notes are the same as in `duplicates.Twins.same`.
+
+    Warns: UserWarning: there are such notes.
+    """
+    notes = Counter(shingles(row.text) for row in iter_table(val, input_column))
+    found = {words for row in iter_table(data, input_column) if (words := shingles(row.text)) and words in notes}
+    if found:
+        warnings.warn(f"{val}: {sum(notes[words] for words in found):,} of {notes.total():,} notes stand in the training table "
+                      f"{data} as well: of these the validation loss says what was learnt by heart; split by note",
+                      stacklevel=2)
 
 
 def _conflicting(rows: list[Row], notes: list[str], label_column: str) -> int:
@@ -124,7 +164,11 @@ def format_check(found: TableCheck, max_length: int = 512) -> str:
                                     for column in found.columns)]
     stops = [f"{n:,} {what}" for n, what in ((found.empty_notes, "empty notes"), (found.empty_labels, "rows without a label"),
                                             (found.spellings, "labels that differ by case or spacing alone")) if n]
-    lines += ["", f"training would stop: {', '.join(stops)}" if stops else "nothing here stops training"]
+    said = [found.stops] if found.stops is not None else []
+    if stops or said:
+        lines += ["", f"training would stop: {', '.join(stops or said)}", *(f"  it would say: {it}" for it in said if stops)]
+    else:
+        lines += ["", "nothing here stops training" + ("" if found.labelled else ", once a column of labels is named")]
     lines += [f"{found.same_notes:,} notes stand in an earlier row, {found.near_notes:,} nearly: split by note, or a test only "
               "asks what was learnt by heart"] if found.same_notes + found.near_notes else ["no note stands twice"]
     if found.conflicting:
@@ -147,6 +191,11 @@ def format_check(found: TableCheck, max_length: int = 512) -> str:
     return "\n".join(lines)
 
 
+def _printable(label: str) -> str:
+    """What moves a terminal's cursor comes out as it is written in Python."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in label)
+
+
 def _labels(found: TableCheck) -> list[str]:
     if found.labels is None:
         return ["no labels to look at (--label-column names their column; one value to a row is no label)"]
@@ -159,6 +208,6 @@ def _labels(found: TableCheck) -> list[str]:
              f"would be right in {share:.1%}"]
     if rare:
         lines.append(f"{len(rare):,} labels have fewer than {RARE} rows: hardly learnt, and a test of them says little")
-        lines += [f"  {n:>4} {label[:60]}" for label, n in rare[::-1][:LISTED]]
+        lines += [f"  {n:>4} {_printable(label[:60])}" for label, n in rare[::-1][:LISTED]]
         lines += [f"       and {len(rare) - LISTED:,} more"] if len(rare) > LISTED else []
     return lines

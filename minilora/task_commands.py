@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from minilora.audit_log import Asked
 
 
+def data(args: argparse.Namespace) -> None:
+    """`minilora data`."""
+    if args.table is not None:
+        check(args)
+        return
+    if args.out == "check":
+        raise ConfigError("data check needs a table to look over: minilora data check FILE (a folder called check is ./check)")
+    from minilora.data.radiology import PROTOCOLS, RULES, write_dataset
+    counts = write_dataset(args.out, n=args.n, seed=args.seed, overwrite=args.overwrite)
+    print(", ".join(f"{name}.csv {count:,} notes" for name, count in counts.items())
+          + f" in {args.out}: {len(PROTOCOLS)} protocols by {len(RULES)} clinical rules")
+
+
 def check(args: argparse.Namespace) -> None:
     """`minilora data check FILE`."""
     if args.out != "check":
@@ -25,7 +38,7 @@ def check(args: argparse.Namespace) -> None:
     from minilora.table_check import check_table, format_check
     if args.json:
         check_output(args.json, args.overwrite)
-    found = check_table(args.table, args.input_column, args.label_column, load_tokenizer(args.model))
+    found = check_table(args.table, args.input_column, args.label_column, load_tokenizer(args.model), args.max_length)
     print(format_check(found, args.max_length))
     if args.json:
         write_json(args.json, found.to_dict())
@@ -70,6 +83,8 @@ def predict(args: argparse.Namespace) -> None:
     from minilora.audit_log import Asked
     if args.note is None and not args.out:
         raise ConfigError("--data needs --out: the table to write the predictions to")
+    if args.workers is not None and not args.spark:
+        raise ConfigError("--workers counts the Python processes of --spark: add --spark, or leave it out")
     with registered_model(args) as (name, version):
         _predict(args, Asked(args.model, args.adapter, args.labels, name, version, args.data, args.out, args.resume,
                              args.spark))

@@ -51,6 +51,7 @@ from minilora.run_checkpoints import (
     Position,
     has_checkpoint,
     last_checkpoint,
+    length_changed,
     load_checkpoint,
     save_checkpoint,
     seed_member,
@@ -59,6 +60,7 @@ from minilora.run_checkpoints import (
 from minilora.runs import append_metrics, check_run, last_metrics, open_run, peak_bytes
 from minilora.stepping import compute_gradients, learning_rate, make_optimizer, peak_learning_rate, rate_groups
 from minilora.stopping import asked_to_stop
+from minilora.table_check import warn_of_shared_notes
 from minilora.team import Team
 
 ROWS_NAMED = 64         # of a batch, in a message
@@ -161,8 +163,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     out, full, reads = Path(config.out), config.tune == "full", (config.model, config.data, config.val, config.template)
     if team.leads:
         check_run(out, config.resume, config.overwrite, reads)
-    if config.resume:
-        config.check_resumes(out / "config.toml")
+    earlier = config.check_resumes(out / "config.toml") if config.resume else config
     with team.leader_first():
         folder = resolve_model(config.model, progress=not config.quiet)
     tokenizer = read_tokenizer(folder)
@@ -178,6 +179,11 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     vocabulary = llama.vocab_size + len(made_of)
     examples, labels = encode_table(config.data, config, tokenizer, None, vocabulary)
     validation = encode_table(config.val, config, tokenizer, labels, vocabulary)[0] if config.val else []
+    if team.leads and config.val:
+        warn_of_shared_notes(config.data, config.val, config.input_column)
+    an_epoch = steps_per_epoch(len(examples), config.batch_size, config.accumulate)
+    total = config.steps(an_epoch)
+    remark = length_changed(out, earlier.steps(an_epoch), total) if config.resume and team.leads else ""
 
     # PiSSA and LoftQ change the base.  That is not done twice: a resumed run goes on over the base that it saved.
     start = None if full or config.init_lora_weights == "lora" else config.init_lora_weights
@@ -201,14 +207,11 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     team.shard(model)
     groups = rate_groups(model, config.loraplus_lr_ratio)
     optimizer = make_optimizer(groups, config, device)
-    total = math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch_size, config.accumulate))
-    if config.max_steps:
-        total = min(total, config.max_steps) if config.epochs else config.max_steps
     peak_rate = peak_learning_rate(config, llama.hidden_size)
 
     with open_run(out, config.resume, config.overwrite, reads) if team.leads else Unlocked() as lock:
         if team.leads:
-            config.save(out / "config.toml")
+            config.save(out / "config.toml", remark)
             if start and not started:
                 save_base(model, tokenizer, out)
                 save_checkpoint(out, Position(data_sha256=table), model, optimizer)

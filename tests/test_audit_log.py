@@ -190,6 +190,92 @@ def test_a_log_on_a_full_disk_is_told_of(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(os, "write", full)
 
 
+@pytest.mark.parametrize("error", [DataError(f"row 3 is bad: {'x' * 9}"), StoppedError("stopped by SIGTERM", 15)])
+def test_a_full_disk_does_not_hide_what_failed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      error: Exception) -> None:
+    said = str(error)
+    with pytest.raises(type(error)) as raised, audited(Asked("none", out=str(tmp_path / "o.csv")), None):
+        monkeypatch.setattr(os, "write", lambda _, content: len(content) // 2)      # as where some bytes are left
+        raise error
+    assert raised.value is error and str(error).startswith(said + " (and cannot write the audit log ")
+    assert str(error).endswith(": No space left on device; its line is missing)") and "\n" not in str(error)
+
+
+def test_what_is_no_error_of_ours_ends_as_it_does_with_a_warning_of_the_missing_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (pytest.warns(UserWarning, match="its line is missing"), pytest.raises(KeyboardInterrupt),
+          audited(Asked("none", out=str(tmp_path / "o.csv")), None)):
+        monkeypatch.setattr(os, "write", lambda *_: 0)
+        raise KeyboardInterrupt
+
+
+def test_a_prediction_on_a_full_disk_says_so_first(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_csv(tmp_path / "notes.csv", notes(3))
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(words(world, data, tmp_path / "out.csv")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("minilora: cannot write ") and said.count("\n") == 1 and not (tmp_path / "out.csv").exists()
+    assert 0 < said.index("No space left") < said.index("(and cannot write the audit log ")
+
+
+@pytest.mark.parametrize("link", ["", "symbolic", "hard"])
+@pytest.mark.parametrize("flag", ["data", "out", "labels"])
+def test_a_log_that_is_another_file_of_the_run_is_refused_and_nothing_is_added(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, link: str) -> None:
+    files = {"data": write_csv(tmp_path / "s.csv", notes(3)), "out": tmp_path / "out.csv", "labels": tmp_path / "labels.txt"}
+    for name in ("out", "labels"):
+        files[name].write_text((world / "run" / "labels.txt").read_text())
+    log, before = files[flag], {name: path.read_bytes() for name, path in files.items()}
+    if link:
+        (tmp_path / "folder").symlink_to(tmp_path)
+        log = tmp_path / "folder" / log.name if link == "symbolic" else tmp_path / "other"
+        if link == "hard":
+            os.link(files[flag], log)
+    assert main(words(world, files["data"], files["out"], "--labels", files["labels"], "--overwrite", "--audit", log)) == 2
+    said = capsys.readouterr().err
+    assert f"is what --{flag} names; name another" in said and said.count("\n") == 1
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+@pytest.mark.parametrize(("name", "says"), [("run/tokenizer.model", "--adapter"), ("base/model-2.safetensors", "--model"),
+                                            ("out.csv/log.jsonl", "--out")])
+def test_a_log_that_would_become_a_part_of_model_or_output_is_refused(world: Path, tmp_path: Path, name: str,
+                                                                      says: str) -> None:
+    asked = Asked(str(world / "base"), str(world / "run"), out=str(world / "out.csv"))
+    with pytest.raises(OutputError, match=f"lies in what {says} names"), audited(asked, world / name):
+        pytest.fail("it was done")
+    assert not (world / name).exists()
+    with audited(asked, world / "run" / "who.jsonl"):
+        pass
+    (world / "run" / "who.jsonl").unlink()
+
+
+@pytest.mark.parametrize("content", [b"a,b\n", b"{}\n", b'{"user": "x"}\n', b'{"user": 3, "name": [1]}\n{"user": ', b"\xff\xfe",
+                                     b"\n"])
+def test_a_file_that_is_no_log_gets_no_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                            content: bytes) -> None:
+    data, other = write_csv(tmp_path / "notes.csv", notes(3)), tmp_path / "mine.txt"
+    other.write_bytes(content)
+    other.chmod(0o644)
+    assert main(words(world, data, tmp_path / "out.csv", "--audit", other)) == 2
+    assert "mine.txt is there and is no audit log" in capsys.readouterr().err
+    assert other.read_bytes() == content and stat.S_IMODE(other.stat().st_mode) == 0o644 and not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("half", [b"", b"{", b'{"user": ', b'{"user": "mw", "ho'])
+def test_a_log_whose_first_line_a_power_cut_left_half_is_gone_on_with(tmp_path: Path, half: bytes) -> None:
+    (tmp_path / FILE).write_bytes(half)
+    for _ in range(2):
+        with audited(Asked("none", out=str(tmp_path / "o.csv")), None):
+            pass
+    assert [json.loads(line)["outcome"] for line in (tmp_path / FILE).read_text().splitlines()[-2:]] == ["done", "done"]
+
+
 def test_a_new_runs_folder_is_its_owners_alone_and_one_that_was_shared_stays_so(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o755)
 

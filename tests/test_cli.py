@@ -152,11 +152,15 @@ BAD_FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": "query"}, "no linear layer is called 'query'"), ({"template": "none.txt"}, "no template 'none.txt'"),
     ({"resume": None, "overwrite": None}, "give one of the two"), ({"rank": 8}, "no place for --rank"),
     ({"model": ""}, "model is required"), ({"data": ""}, "data is required"), ({"resume": None}, "no run to resume"),
-    ({"input_column": "label"}, "named for both"),
+    ({"input_column": "label"}, "named for both"), ({"r": 10 ** 23}, "r must be a whole number from 1 to 65,536"),
+    ({"optimizer": "paged_adamw", "page_bytes": 10 ** 23, "resident_mib": "1e30"}, "page_bytes must lie"),
+    ({"optimizer": "paged_adamw", "resident_mib": "1e30"}, "resident_mib must lie"),
+    ({"max_steps": 10 ** 400}, "max_steps must lie"), ({"eval_every": 5}, "nothing to validate on"),
+    ({"alias": "champion", "mlflow": None}, "add --register"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "says"), BAD_FLAGS, ids=[" ".join(f"{name}={value}" for name, value in flags.items())
+@pytest.mark.parametrize(("flags", "says"), BAD_FLAGS, ids=[" ".join(f"{name}={value}" for name, value in flags.items())[:60]
                                                             for flags, _ in BAD_FLAGS])
 def test_a_bad_training_flag_ends_with_one_line(world: Path, tmp_path: Path, refused: Refused, flags: dict[str, Any],
                                                 says: str) -> None:
@@ -183,6 +187,14 @@ def test_a_bad_training_flag_ends_with_one_line(world: Path, tmp_path: Path, ref
     (["merge", "--model", "base", "--adapter", "run", "--out", "x", "--into", "8bit"], "invalid choice: '8bit'"),
     (["merge", "--model", "base", "--adapter", "none", "--out", "x"], "no such adapter folder"),
     (["evaluate", "--model", "base", "--adapter", "run", "--data", "train.csv"], "--out"),
+    (["evaluate", "--model", "base", "--adapter", "run", "--data", "val.csv", "--out", "x", "--seed", "-1"], "--seed: must"),
+    (["compare", "a", "b", "--seed", "-1"], "--seed: must lie"), (["demo", "--out", "x", "--seed", "-1"], "--seed: must lie"),
+    (["memory", "--model", "tiny", "--processes", "0"], "--processes: must lie between 2"),
+    (["data", "x", "--n", "9" * 20], "n from 100 to 10,000,000"),
+    (["quantize", "base", "x", "--blocksize", "9" * 20], "must lie between 1 and 1,073,741,824"),
+    (["predict", "--model", "base", "--adapter", "run", "--data", "val.csv", "--out", "x.csv", "--workers", "2"], "--spark"),
+    (["predict", "--model", "base", "--data", "val.csv", "--out", "x.csv", "--spark", "--workers", "0"], "--workers: must lie"),
+    (["track", "run", "--mlflow", "--alias", "champion"], "add --register"),
 ])
 def test_a_bad_flag_ends_with_one_line(world: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, words: list[str],
                                        says: str) -> None:
@@ -333,6 +345,9 @@ def test_an_adapter_of_another_models_shape_ends_with_one_line(world: Path, tmp_
     (b"rank = 8\n", "unknown setting 'rank'"), (b"quantize = \"int8\"\n", "quantize must be nf4 or none"),
     (b"r = \"8\"\n", "r must be int"), (b"r = 1.5\n", "r must be int"),
     (b"target_modules = \"q_proj\"\n", "target_modules must be a list"), (b"[r]\nx = 1\n", "r must be int"),
+    (b"r = 99999999999999999999999\n", "r must be a whole number from 1 to 65,536"),
+    (b"alpha = 1" + b"0" * 400, "alpha must be a finite number"),
+    (b"eval_every = 5\n", "nothing to validate on"),
 ])
 def test_a_bad_configuration_ends_with_one_line(world: Path, tmp_path: Path, refused: Refused, content: bytes | None,
                                                 says: str) -> None:

@@ -99,7 +99,7 @@ def test_an_overwriting_run_killed_before_any_change_is_overwritten_again(
     expected = finished(runs, config)
     shutil.rmtree(tmp_path / "run")
     other = write_csv(tmp_path / "other.csv", notes(16, ["MR", "CT"]))
-    runs.run({**config, "data": str(other), "val": ""})
+    runs.run({**config, "data": str(other), "val": "", "eval_every": 0})
     old = tmp_path / "old"
     shutil.copytree(tmp_path / "run", old)
     changes = runs.run({**config, "overwrite": True})["changes"]

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from minilora.course.grading import Mistake, Task, difference, grade
 from minilora.course.lesson import lesson_paths
 from minilora.course.progress import EXERCISES, check, format_standings, standings, stub_of, tasks_of
 from minilora.errors import ConfigError
+from minilora.stopping import terminated_cleanly
 
 TASKS = [pytest.param(task, id=f"{number:02d}-{task.name}") for number in EXERCISES for task in tasks_of(number)]
 MISTAKES = [pytest.param(task, mistake, id=f"{number:02d}-{task.name}-{index}") for number in EXERCISES
@@ -134,10 +137,62 @@ def test_the_command_grades_a_file_and_names_the_mistake(tmp_path: Path, capsys:
     assert printed.err == "minilora: exercise 2: 0 of 2 right\n"
     file.write_text("from minilora.layers.starts import low_rank\n\ndef trained_numbers(i, o, r):\n    return r * (i + o)\n")
     assert main(["check", "2", "--file", str(file)]) == 0
-    assert capsys.readouterr().out == "exercise 02\n  right  trained_numbers\n  right  low_rank\n"
+    assert capsys.readouterr().out == f"exercise 02, {file}\n  right  trained_numbers\n  right  low_rank\n"
     file.write_text("def trained_numbers(i, o, r):\n    return r / 0\n")
     assert main(["check", "2", "--file", str(file)]) == 2
     assert "ZeroDivisionError: division by zero (line 2)" in capsys.readouterr().out
+
+
+def test_an_answer_that_ends_the_program_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import sys\n\ndef trained_numbers(i, o, r):\n    sys.exit(0)\n")
+    assert main(["check", "2", "--file", str(file)]) == 2
+    assert "WRONG  trained_numbers" in (out := capsys.readouterr().out) and "it ends the program (line 4)" in out
+    file.write_text("import sys\nsys.exit(0)\n")
+    assert main(["check", "2", "--file", str(file)]) == 2
+    assert "mine.py cannot be run: it ends the program (line 2)" in capsys.readouterr().err
+
+
+def test_a_signal_that_ends_the_command_is_no_answer() -> None:
+    def killed(x: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 2 * x
+
+    with terminated_cleanly(), pytest.raises(SystemExit) as stop:
+        grade(DOUBLED, killed)
+    assert stop.value.code == 143
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such alarm on this system")
+def test_an_answer_that_never_ends_is_stopped_and_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "LIMIT", 0.3)
+    file, before = tmp_path / "mine.py", signal.getsignal(signal.SIGALRM)
+    loop = "    while True:\n        try:\n            pass\n        except Exception:\n            pass\n"
+    file.write_text(f"def trained_numbers(i, o, r):\n{loop}")
+    assert main(["check", "2", "--file", str(file)]) == 2
+    assert "WRONG  trained_numbers\n         it is still running after 0.3 s" in capsys.readouterr().out
+    file.write_text("while True:\n    pass\n")
+    assert main(["check", "2", "--file", str(file)]) == 2
+    assert "mine.py cannot be run: it is still running after 0.3 s" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("folder", ["lessons/exercises", "exercises"])
+def test_the_exercise_in_the_folder_one_is_in_is_graded_and_its_path_told(
+        tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / folder / "02.py"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("from minilora.layers.starts import low_rank\n\ndef trained_numbers(i, o, r):\n    return r * (i + o)\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "2"]) == 0 and f"exercise 02, {mine}\n" in capsys.readouterr().out
+    assert main(["check", "3"]) == 2, "which is not there"
+    assert f"exercise 03, {checkout_folder() / '03.py'}\n" in capsys.readouterr().out
+    assert main(["check", "--all"]) == 0 and f"graded: {checkout_folder()}, {mine.parent}" in capsys.readouterr().out
+
+
+def checkout_folder() -> Path:
+    return Path(grading.__file__).parents[2] / "lessons" / "exercises"
 
 
 def test_the_command_refuses_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,3 +132,9 @@ def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
 
 def test_the_memory_of_this_machine_is_told() -> None:
     assert 1e8 < total_memory(torch.device("cpu")) < 1e15
+
+
+@pytest.mark.parametrize("blocksize", [0, -1, True, 64.0, (1 << 30) + 1, 10 ** 20])
+def test_a_block_size_that_no_checkpoint_can_name_is_refused(blocksize: int) -> None:
+    with pytest.raises(ConfigError, match="blocksize must be a positive whole number of weights, up to 1,073,741,824"):
+        load_model("tiny", blocksize=blocksize)

@@ -15,12 +15,19 @@ from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.config import LlamaConfig, num_parameters
 from minilora.measured import kept_by_forward, make_model, measure, random_batch
 from minilora.memory import Memory, Peaks, Workload, activations, logits_bytes, moment_bytes, parameter_sizes, predict
+from minilora.memory_shared import table as shared_table
 from minilora.memory_table import Column, bar, plan, size, table, to_have
 from minilora.shapes import SHAPES, shape_of
 from minilora.stepping import compute_gradients
 
 SMALL = {**SHAPES["110m"], "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 320,
          "num_hidden_layers": 3, "vocab_size": 500}
+
+
+def test_fewer_than_two_processes_are_refused() -> None:
+    for numbers in ([0], [1], [2, 0]):
+        with pytest.raises(ConfigError, match="--processes must be 2 or more"):
+            shared_table(shape_of("tiny"), Workload("qlora"), numbers)
 
 
 @pytest.mark.parametrize("kind", ["qlora", "lora", "full"])

@@ -83,6 +83,18 @@ def test_a_training_table_that_was_changed_since_is_not_taken_for_it(world: Path
     assert training_table(tmp_path / "run") is None and training_table(world / "base") is None
 
 
+def test_rows_that_no_answer_is_right_for_are_counted(world: Path, tmp_path: Path, call: Call) -> None:
+    rows = notes(4)
+    data = write_csv(tmp_path / "odd.csv", [*rows, (f"{SECRET} new", "XR Foot"), ("x", f"{SECRET}'s")])
+    code, _, err = call(*evaluate_words(world, tmp_path / "s", "--quiet", data=data))
+    assert code == 0 and err.count("\n") == 1 and SECRET not in err
+    assert err.endswith("odd.csv: 2 of 6 rows have a label that is none of the 4 labels that can be answered, and can never be "
+                        "right\n")
+    same = write_csv(tmp_path / "same.csv", [(note, f" {label.upper()} ") for note, label in rows])
+    assert call(*evaluate_words(world, tmp_path / "t", "--quiet", data=same))[2] == "", "spelling does not count"
+    assert call(*evaluate_words(world, tmp_path / "u", "--quiet", "--free", data=data))[2] == ""
+
+
 def test_a_bert_measures_cosine_where_it_is_asked_for(world: Path, tmp_path: Path, call: Call) -> None:
     bert = write_bert(tmp_path / "my-bert")
     assert call(*evaluate_words(world, tmp_path / "a"))[0] == 0

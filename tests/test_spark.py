@@ -16,6 +16,8 @@ if shutil.which("java") is None:
 
 from minilora.audit_log import FILE  # noqa: E402
 from minilora.cli import main  # noqa: E402
+from minilora.compare import read_rows  # noqa: E402
+from minilora.data.tables import read_columns  # noqa: E402
 from minilora.errors import ConfigError, DataError  # noqa: E402
 from minilora.integrations.spark import Labelling, local_session, predict, predict_files  # noqa: E402
 from tests.notes import SECRET, notes, write_csv  # noqa: E402
@@ -53,11 +55,14 @@ def test_several_workers_give_the_answers_of_one_process_in_the_tables_order(
     assert capsys.readouterr() == ("", "")
     ours, one = rows(tmp_path / "out.csv"), pd.read_csv(tmp_path / "one.csv", keep_default_na=False)
     assert len(list((tmp_path / "out.csv").glob("part-*.csv"))) == 2
-    for column in ("input", "prediction", "error"):
+    assert list(ours) == list(one) == ["input", "label", "prediction", "probability", "error", "runner_up",
+                                       "runner_up_probability"]
+    for column in ("input", "prediction", "error", "runner_up"):
         assert ours[column].tolist() == one[column].tolist(), column
     assert ours["error"].tolist().count("empty note") == 1
-    differences = [abs(float(a) - float(b)) for a, b in zip(ours["probability"], one["probability"], strict=True) if a != ""]
-    assert len(differences) == 100 and max(differences) < 1e-4
+    for column in ("probability", "runner_up_probability"):
+        differences = [abs(float(a) - float(b)) for a, b in zip(ours[column], one[column], strict=True) if a != ""]
+        assert len(differences) == 100 and max(differences) < 1e-4, column
     first, second = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert (first["spark"], second["spark"]) == (True, False) and (tmp_path / "out.csv").stat().st_mode & 0o777 == 0o700
     for key in ("rows_read", "rows_predicted", "rows_in_error", "input_sha256", "model_sha256", "labels_sha256", "outcome"):
@@ -65,6 +70,22 @@ def test_several_workers_give_the_answers_of_one_process_in_the_tables_order(
     assert (first["rows_read"], first["rows_in_error"]) == (101, 1) and first["output_sha256"]
     for path in (tmp_path / "out.csv").iterdir():
         assert path.stat().st_mode & 0o077 == 0, "notes are their owner's alone"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_free_answers_have_the_same_columns_and_types_as_of_one_process(tmp_path: Path, suffix: str) -> None:
+    data = write_csv(tmp_path / "notes.csv", [*notes(2), ("", "x")])
+    command = ["predict", "--model", "tiny", "--free", "--dtype", "float32", "--data", str(data), "--quiet", "--out"]
+    one, ours = tmp_path / f"one{suffix}", tmp_path / f"ours{suffix}"
+    assert main([*command, str(one)]) == 0 and main([*command, str(ours), "--spark", "--workers", "1"]) == 0
+    if suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        assert parquet.read_schema(one).names == parquet.read_schema(next(ours.glob("part-*"))).names
+        assert parquet.read_schema(one).types == parquet.read_schema(next(ours.glob("part-*"))).types
+    assert read_columns(one) == read_columns(ours)
+    found, expected = read_rows(ours), read_rows(one)
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in expected]
+    assert [row["error"] for row in found] == ["", "", "empty note"] and {row["runner_up_probability"] for row in found} == {""}
 
 
 def test_a_task_that_fails_is_tried_again(tmp_path: Path, how: Labelling) -> None:

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minilora import load_tokenizer
 from minilora.cli import main
+from minilora.data.tables import training_examples
 from minilora.errors import DataError
 from minilora.llama.tokenizer import read_tokenizer
-from minilora.table_check import BINS, TableCheck, check_table, format_check
+from minilora.table_check import BINS, TableCheck, check_table, format_check, warn_of_shared_notes
 from tests.models import byte_tokenizer
 from tests.notes import SECRET, write_csv
 
@@ -91,7 +94,74 @@ def test_the_command_prints_and_writes_it(tmp_path: Path, capsys: pytest.Capture
     assert "data check FILE" in capsys.readouterr().err
     assert main(["data", "check", "none.csv"]) == 2
     assert main(["data", "check", str(data), "--json", "found.json"]) == 2 and "--overwrite" in capsys.readouterr().err
-    assert main(["data", "check", "--n", "100"]) == 0 and (tmp_path / "check" / "train.csv").is_file(), "a folder called check"
+    assert main(["data", "./check", "--n", "100"]) == 0, "a folder called check"
+    assert (tmp_path / "check" / "train.csv").is_file()
+
+
+def test_check_without_its_file_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--n", "100"]):
+        assert main(["data", "check", *more]) == 2 and "minilora data check FILE" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+A, B = {"note": f"{SECRET} a", "label": "CT"}, {"note": f"{SECRET} b", "label": "MR"}
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "one label": [A, {**B, "label": "CT"}], "one row": [A], "a line break in a label": [A, B, {**A, "label": "CT\nBrain"}],
+    "a control character in a label": [A, B, {**A, "label": "CT\x1b[2J"}],
+    "a label of more than 200 characters": [A, B, {**A, "label": "x" * 201}],
+    "a list for a label": [A, B, {**A, "label": ["CT"]}], "a list for a note": [A, B, {**A, "note": ["a"]}],
+    "true for a label": [A, B, {**A, "label": True}],
+    "an empty note": [A, B, {**A, "note": " "}], "no label": [A, B, {**A, "label": ""}],
+    "labels that differ by case": [A, B, A, B, A, B, {**A, "label": "ct"}],
+    "too many labels": [{**A, "label": f"label {n}"} for n in range(10_001)],
+}
+
+
+@pytest.mark.parametrize("named", [["--label-column", "label"], []], ids=["named", "found"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_training_refuses_is_said_to_stop_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str,
+                                                  named: list[str]) -> None:
+    data = tmp_path / "t.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in REFUSED[case]))
+    with pytest.raises(DataError) as refused:
+        training_examples(data, "note", "label")
+    code = main(["data", "check", str(data), "--input-column", "note", *named])
+    said = capsys.readouterr()
+    if case == "a list for a note":         # such a table cannot be looked over, either
+        assert code == 2 and str(refused.value) in said.err
+        return
+    assert code == 0 and "nothing here stops" not in said.out and SECRET not in said.out and "\x1b" not in said.out
+    assert f"training would stop: {refused.value}" in said.out or f"  it would say: {refused.value}" in said.out
+
+
+def test_a_label_that_leaves_no_room_for_a_note_is_said_to_stop_training(tmp_path: Path,
+                                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_csv(tmp_path / "t.csv", [(SECRET, "y" * 150), (SECRET, "CT")])
+    for length, says in (("64", "training would stop: max_length 64 leaves no room"), ("512", "nothing here stops training\n")):
+        assert main(["data", "check", str(data), "--max-length", length]) == 0 and says in capsys.readouterr().out
+
+
+def test_labels_that_may_be_notes_are_not_quoted_where_they_stop_training(tmp_path: Path) -> None:
+    rows = [("1", f"{SECRET} fell"), ("2", f"{SECRET} FELL"), ("3", f"{SECRET} coughs")]
+    said = format_check(check(tmp_path, rows, "text", ("id", "text")))
+    assert "training would stop: 1 labels that differ" in said and "it would say: " in said and SECRET not in said
+    with pytest.raises(DataError, match="named for both"):
+        check(tmp_path, rows, "text", ("text", "id"))
+    assert "stops training, once a column of labels is named" in format_check(check(tmp_path, [("a",)], None, ("note",)))
+
+
+def test_notes_that_a_validation_table_shares_with_the_training_table_are_counted(tmp_path: Path) -> None:
+    train = write_csv(tmp_path / "train.csv", [(f"{SECRET} fell on the left knee", "X"), ("cough, fever", "Y"), ("", "Y")])
+    val = write_csv(tmp_path / "val.csv", [(f"{SECRET} FELL on the left knee!", "X"), ("cough", "Y"), ("", "Y"),
+                                           (f"{SECRET} fell on the left knee", "X")])
+    with pytest.warns(UserWarning, match=r"val\.csv: 2 of 4 notes stand in the training table .*train\.csv as well") as said:
+        warn_of_shared_notes(train, val, "input")
+    assert SECRET not in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_shared_notes(train, write_csv(tmp_path / "other.csv", [("cough", "Y"), ("", "X")]), "input")
 
 
 def test_a_language_that_the_tokenizer_cuts_into_scraps_is_told_with_what_helps(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -455,8 +456,56 @@ def test_resuming_a_finished_run_changes_nothing(config: TrainConfig, tmp_path: 
 
 def test_a_finished_run_can_be_made_longer(config: TrainConfig) -> None:
     train(dataclasses.replace(config, max_steps=2))
-    assert train(dataclasses.replace(config, max_steps=4, resume=True)).steps == 4
+    with pytest.warns(UserWarning, match="resumed after step 2 with 4 steps in all instead of 2"):
+        assert train(dataclasses.replace(config, max_steps=4, resume=True)).steps == 4
     assert [line["step"] for line in metrics(Path(config.out))] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("longer", [{"epochs": 4}, {"max_steps": 5}])
+def test_a_run_of_another_length_than_it_began_with_says_so_and_its_settings_keep_it(
+        config: TrainConfig, monkeypatch: pytest.MonkeyPatch, longer: dict[str, Any]) -> None:
+    stop_after(monkeypatch, config, 3)
+    steps = 12 if "epochs" in longer else 5
+    config = dataclasses.replace(config, resume=True, **longer)
+    with pytest.warns(UserWarning, match=f"after step 2 with {steps} steps in all instead of 6: .* no single command") as said:
+        assert train(config).steps == steps
+    remark = f"# {next(str(it.message) for it in said if 'no single command' in str(it.message))}"
+    written = (Path(config.out) / "config.toml").read_text()
+    assert written.splitlines()[0] == remark and TrainConfig.from_toml(Path(config.out) / "config.toml").epochs == config.epochs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config)
+    assert (Path(config.out) / "config.toml").read_text() == written, "what was said once is kept"
+    train(dataclasses.replace(config, resume=False, overwrite=True))
+    assert "# " not in (Path(config.out) / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("shorter", [{"max_steps": 1}, {"epochs": 0.3}])
+def test_a_run_that_has_done_more_steps_than_are_asked_for_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
+                                                                      shorter: dict[str, Any]) -> None:
+    stop_after(monkeypatch, config, 5)
+    before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"has done 4 steps already, and these epochs and max_steps ask for 1"):
+        train(dataclasses.replace(config, resume=True, **shorter))
+    assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == before
+
+
+def test_the_same_length_said_in_another_way_is_no_change(config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
+                                                          tmp_path: Path) -> None:
+    stop_after(monkeypatch, config, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(dataclasses.replace(config, epochs=9, max_steps=STEPS, resume=True))
+    assert_same_run(repeatable(tmp_path / "run"), reference(config, tmp_path / "whole"))
+
+
+def test_validation_notes_that_were_trained_on_are_counted(config: TrainConfig, tmp_path: Path) -> None:
+    val = write_csv(tmp_path / "val.csv", [*notes(3), ("an unseen note", LABELS[0])])
+    with pytest.warns(UserWarning, match=r"val\.csv: 3 of 4 notes stand in the training table") as said:
+        train(dataclasses.replace(config, val=str(val), max_steps=1))
+    assert SECRET not in "".join(str(it.message) for it in said)
+    with pytest.warns(UserWarning, match="24 of 24 notes stand in the training table"):
+        train(dataclasses.replace(config, val=config.data, max_steps=1, overwrite=True))
 
 
 @pytest.mark.parametrize(("name", "value"), [("r", 8), ("seed", 1), ("batch_size", 3), ("lr", 0.5), ("dropout", 0.0)])

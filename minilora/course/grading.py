@@ -9,8 +9,11 @@ What no mistake explains is told by its first difference: a shape, a dtype, a po
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from minilora import stopping
 from minilora.errors import ConfigError
 
+LIMIT = 60.0                        # seconds that a task may take, and the file around it
 ROUNDS = 12                         # random inputs a task, after the fixed ones
 State = Literal["right", "open", "wrong"]
 NUMBERS = (int, float)
@@ -32,6 +37,35 @@ class Mistake:
 
     hint: str
     answer: Any
+
+
+class TookTooLong(BaseException):
+    """An answer is still running after `LIMIT` seconds.  Not an Exception: a loop that catches those would go on."""
+
+    def __str__(self) -> str:
+        return f"still running after {LIMIT:g} s"
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Raise TookTooLong in the block when the time is up, and each second from there: what catches it is told again.
+
+    Only where the system has such an alarm (not Windows) and in the first thread; else nothing is limited.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def up(*_: Any) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, up)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, LIMIT, 1.0)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def call(answer: Callable[..., Any], *inputs: Any) -> Any:
@@ -88,9 +122,13 @@ def load_answers(path: str | Path) -> ModuleType:
         raise ConfigError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be run: {_told(error, path)}") from error
+        with _limited():
+            spec.loader.exec_module(module)
+    except TookTooLong as error:
+        raise ConfigError(f"{path} cannot be run: it is {error}") from None
+    except (Exception, SystemExit) as error:
+        _let_go(error)
+        raise ConfigError(f"{path} cannot be run: it {_told(error, path)}") from error
     return module
 
 
@@ -105,14 +143,23 @@ def grade(task: Task, answer: Any, path: Path | None = None) -> Verdict:
     """
     if answer is None:
         return Verdict(task.name, "open", f"the file has no {task.name}")
+    try:
+        with _limited():
+            return _graded(task, answer, path)
+    except TookTooLong as error:
+        return Verdict(task.name, "wrong", f"it is {error}: is there a loop that never ends?")
+
+
+def _graded(task: Task, answer: Any, path: Path | None) -> Verdict:
     for inputs, again in zip(task.inputs(), task.inputs(), strict=True):
         right = task.probe(task.solution, *inputs)
         try:
             given = task.probe(answer, *again)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            _let_go(error)
             if isinstance(error, NotImplementedError) and _is_stub(error, path):
                 return Verdict(task.name, "open", "not written yet")
-            return Verdict(task.name, "wrong", f"for {shown(inputs)} it raises {_told(error, path)}")
+            return Verdict(task.name, "wrong", f"for {shown(inputs)} it {_told(error, path)}")
         found = difference(given, right, task.tolerance)
         if found is not None:
             hint = _hint(task, answer, given, inputs)
@@ -134,8 +181,15 @@ def _hint(task: Task, answer: Any, given: Any, inputs: tuple[Any, ...]) -> str |
 def _quiet(task: Task, answer: Any, inputs: tuple[Any, ...]) -> Any:
     try:
         return task.probe(answer, *_copy(inputs))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        _let_go(error)
         return error
+
+
+def _let_go(error: BaseException) -> None:
+    """Raise again what no answer raised: a SIGTERM (`stopping.terminated_cleanly`)."""
+    if isinstance(error, SystemExit) and traceback.extract_tb(error.__traceback__)[-1].filename == stopping.__file__:
+        raise error
 
 
 def difference(given: Any, right: Any, tolerance: float) -> str | None:
@@ -226,9 +280,10 @@ def _is_stub(error: NotImplementedError, path: Path | None) -> bool:
     return _is_of(last, path) and "raise NotImplementedError" in (last.line or "")
 
 
-def _told(error: Exception, path: Path | None) -> str:
+def _told(error: BaseException, path: Path | None) -> str:
     """An exception in one line, with the last line of the reader's file on the way to it."""
     line = error.lineno if isinstance(error, SyntaxError) else next(
         (frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if _is_of(frame, path)), None)
     words = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {words}" + (f" (line {line})" if line else "")
+    said = "ends the program" if isinstance(error, SystemExit) else f"raises {type(error).__name__}: {words}"
+    return said + (f" (line {line})" if line else "")

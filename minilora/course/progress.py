@@ -10,6 +10,7 @@ from minilora.course.lesson import lesson_paths, lessons_folder, read_lesson
 from minilora.errors import ConfigError, MiniloraError
 
 EXERCISES = tuple(sorted(int(path.stem[-2:]) for path in Path(__file__).parent.glob("exercise_[0-9][0-9].py")))
+HERE = ("lessons/exercises", "exercises")       # where a course that somebody copied keeps them
 SIGNS = {"right": "right", "open": "open ", "wrong": "WRONG"}
 
 
@@ -25,12 +26,17 @@ def tasks_of(number: int) -> tuple[Task, ...]:
 
 
 def stub_of(number: int) -> Path:
-    """The file in which the exercise is written."""
-    return lessons_folder() / "exercises" / f"{number:02d}.py"
+    """The file in which the exercise is written: in the folder one is in, or else in the checkout.
+
+    Raises: ConfigError: neither is there.
+    """
+    name = f"{number:02d}.py"
+    here = next((path for folder in HERE if (path := Path.cwd() / folder / name).is_file()), None)
+    return here or lessons_folder() / "exercises" / name
 
 
 def check(number: int, path: str | Path | None = None) -> list[Verdict]:
-    """Grade a file; default the checkout's own stub.
+    """Grade a file; default `stub_of` the exercise.
 
     Raises: ConfigError: no such exercise or file, or the file cannot be run.
     """
@@ -40,9 +46,9 @@ def check(number: int, path: str | Path | None = None) -> list[Verdict]:
     return [grade(task, getattr(answers, task.name, None), path) for task in tasks]
 
 
-def format_verdicts(number: int, verdicts: list[Verdict]) -> str:
-    """A line for each task; what is wrong stands under it."""
-    lines = [f"exercise {number:02d}"]
+def format_verdicts(number: int, verdicts: list[Verdict], path: Path) -> str:
+    """The file, and a line for each task; what is wrong stands under it."""
+    lines = [f"exercise {number:02d}, {path}"]
     for verdict in verdicts:
         lines.append(f"  {SIGNS[verdict.state]}  {verdict.task}" + ("  (not written yet)" if verdict.state == "open" else ""))
         if verdict.state == "wrong":
@@ -55,8 +61,10 @@ def print_verdicts(number: int, path: str | None = None) -> None:
 
     Raises: ConfigError: as `check`. MiniloraError: not all of it is right.
     """
-    verdicts = check(number, path)
-    print(format_verdicts(number, verdicts))
+    tasks_of(number)                        # refuses a number that is none
+    file = Path(path) if path is not None else stub_of(number)
+    verdicts = check(number, file)
+    print(format_verdicts(number, verdicts, file))
     right = sum(verdict.state == "right" for verdict in verdicts)
     if right < len(verdicts):
         raise MiniloraError(f"exercise {number}: {right} of {len(verdicts)} right")
@@ -71,6 +79,7 @@ class Standing:
     right: int
     tasks: int
     trouble: str = ""
+    path: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -83,16 +92,16 @@ def standings() -> list[Standing]:
     titles = {number: read_lesson(path).title for number, path in lesson_paths().items()}
     found = []
     for number in EXERCISES:
-        trouble = ""
+        trouble, path = "", stub_of(number)
         try:
-            verdicts = check(number)
+            verdicts = check(number, path)
         except ConfigError as error:
             verdicts, trouble = [], str(error)
         wrong = next((verdict for verdict in verdicts if verdict.state == "wrong"), None)
         if wrong is not None:
             trouble = f"{wrong.task}: {wrong.message}"
         found.append(Standing(number, titles.get(number, ""), sum(verdict.state == "right" for verdict in verdicts),
-                              len(tasks_of(number)), trouble))
+                              len(tasks_of(number)), trouble, path))
     return found
 
 
@@ -104,6 +113,8 @@ def format_standings(found: list[Standing]) -> str:
         lines.append(f"  {each.number:02d}  [{bar:<4}]  {each.title}")
         if each.trouble:
             lines.append(" " * 14 + each.trouble)
+    folders = dict.fromkeys(str(each.path.parent) for each in found if each.path is not None)
+    lines += [f"graded: {', '.join(folders)}"] if folders else []
     done, following = sum(each.done for each in found), next((each for each in found if not each.done), None)
     lines.append(f"{done} of {len(found)} exercises done" + ("" if following is None else
                  f"; next: minilora lesson {following.number}, lessons/exercises/{following.number:02d}.py, "

@@ -1,6 +1,6 @@
 """PySpark: notes labelled where they lie, by as many Python workers as there are.
 
-    df (…, note)  --mapInPandas-->  df (…, note, prediction, probability, runner_up, error)
+    df (…, note)  --mapInPandas-->  df (…, note, prediction, probability, error, runner_up, runner_up_probability)
 
 Rows travel as Arrow batches; a worker loads the model at its first batch and keeps it, as Spark keeps the worker.  `predict`
 leaves rows in the partition they were in, and in its order; `predict_files` deals them out by their number, and its files, one
@@ -34,13 +34,13 @@ from minilora.data.formats import table_format
 from minilora.data.table_writer import added_columns
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
 from minilora.files import check_output
-from minilora.predict import Predictor
+from minilora.predict import ADDED_COLUMNS, Predictor
 
 if TYPE_CHECKING:
     import pandas as pd
     from pyspark.sql import DataFrame, SparkSession
 
-ADDED = ("prediction", "probability", "runner_up", "error")
+NUMBERS = ("probability", "runner_up_probability")        # of the added columns; the others are strings
 BATCH_ROWS = 512            # of a worker at a time: sorted by length among themselves
 SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and options of each kind of table, in Spark
     "csv": ("csv", {"header": True, "multiLine": True, "escape": '"'}), "jsonl": ("json", {"ignoreNullFields": False}),
@@ -94,14 +94,16 @@ def _labelled(batches: Iterator[pd.DataFrame], how: Labelling) -> Iterator[pd.Da
             raise RuntimeError(str(error)) from None
         yield batch.assign(prediction=[answer.label for answer in answers],
                            probability=[answer.probability for answer in answers],
+                           error=[answer.error for answer in answers],
                            runner_up=[answer.runner_up for answer in answers],
-                           error=[answer.error for answer in answers])
+                           runner_up_probability=[answer.runner_up_probability for answer in answers])
 
 
 def predict(df: DataFrame, how: Labelling) -> DataFrame:
     """Label the notes of a data frame; nothing runs until the result is asked for.
 
-    Returns: the frame's columns, then prediction (string), probability (double), runner_up (string) and error (string).
+    Returns: the frame's columns, then `ADDED_COLUMNS` as `predict_table` has them: prediction, error and runner_up (string),
+        probability and runner_up_probability (double).
     Raises: DataError: no such column, or one of these names is taken.
     """
     from pyspark.sql.types import DoubleType, StringType, StructField, StructType
@@ -109,9 +111,9 @@ def predict(df: DataFrame, how: Labelling) -> DataFrame:
     warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
     if how.input_column not in df.columns:
         raise DataError(f"the data frame has no column {how.input_column!r}; it has {', '.join(df.columns)}")
-    added_columns("the data frame", list(df.columns), ADDED)
-    schema = StructType([*df.schema.fields, *(StructField(name, DoubleType() if name == "probability" else StringType())
-                                              for name in ADDED)])
+    added_columns("the data frame", list(df.columns), ADDED_COLUMNS)
+    schema = StructType([*df.schema.fields, *(StructField(name, DoubleType() if name in NUMBERS else StringType())
+                                              for name in ADDED_COLUMNS)])
     return df.mapInPandas(lambda batches: _labelled(batches, how), schema)
 
 
@@ -198,8 +200,9 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
     """Label a table with Spark, on this machine or on the cluster that this runs on.
 
     Args:
-        data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix; owner-only where it is
-            Spark of this machine that writes it. tally: gets the rows, once they are counted in what was written.
+        data: CSV, JSONL or Parquet, a file or a folder of such. out: a folder of such files, by suffix, with the columns of
+            `predict_table`; owner-only where it is Spark of this machine that writes it. tally: gets the rows, once they are
+            counted in what was written.
         quiet: no bar.
 
     Returns: rows written.

@@ -1,8 +1,8 @@
 """Block-wise absmax quantization against any codebook.
 
 One outlier ruins the scale of everything that shares it.  Cut into blocks, a tensor has many scales and an outlier spoils
-only its own block (QLoRA section 2, "Block-wise k-bit Quantization"; 8-bit optimizers, arXiv 2110.02861, section
-2.1).  The price is one constant a block: 32 / S bits per element.
+only its own block (QLoRA section 2, "Block-wise k-bit Quantization"; 8-bit optimizers, arXiv 2110.02861,
+section 2.1).  The price is one constant a block: 32 / S bits per element.
 
 Lesson 04 explains it.
 """

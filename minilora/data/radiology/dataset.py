@@ -16,7 +16,7 @@ from minilora.errors import ConfigError
 from minilora.files import Kind, new_folder
 
 SPLITS = ("train", "val", "test")
-SMALLEST = 100
+SMALLEST, LARGEST = 100, 10_000_000
 KIND = Kind("train.csv", ("train.csv", "val.csv", "test.csv", "labels.txt"))
 CAPITALS = 0.15     # share of the training notes that come as some ordering systems send them: in capitals throughout
 
@@ -41,12 +41,12 @@ def generate(n: int = 10_000, seed: int = 0) -> dict[str, list[Example]]:
     """Draw `n` notes in all: 80 % train, 10 % val, 10 % test; no note text occurs twice.
 
     Args:
-        n: at least 100. seed: the same seed and n give the same notes.
+        n: from 100 to ten million. seed: the same seed and n give the same notes.
 
-    Raises: ConfigError: n too small or seed negative.
+    Raises: ConfigError: n too small or too large, or seed negative.
     """
-    if n < SMALLEST or seed < 0:
-        raise ConfigError(f"the set needs n of at least {SMALLEST} and a seed of at least 0, not n={n}, seed={seed}")
+    if not SMALLEST <= n <= LARGEST or seed < 0:
+        raise ConfigError(f"the set needs n from {SMALLEST} to {LARGEST:,} and a seed of at least 0, not n={n}, seed={seed}")
     sizes = {"val": n // 10, "test": n // 10}
     sizes["train"] = n - sum(sizes.values())
     seen: set[str] = set()
