@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LARGEST_RANK = 1 << 16      # more than any matrix of a known model has rows
 # Settings that a resumed run may change.
 MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device",
               "resident_mib", "page_bytes", "backing", "cache", "activation_offloading"}
@@ -109,6 +110,8 @@ class TrainConfig:
                   ("max_grad_norm", 0, math.inf), ("eval_every", 0, 10 ** 12), ("save_every", 0, 10 ** 12),
                   ("max_steps", 0, 10 ** 12), ("new_tokens", 0, 1 << 20), ("epochs", 0, 10 ** 6), ("seed", 0, 2 ** 63 - 1),
                   ("page_bytes", 1, 1 << 30), ("resident_mib", 0, 1 << 40)]
+        if self.r > LARGEST_RANK:
+            raise ConfigError(f"r must be at most {LARGEST_RANK:,}, not {self.r}")
         for name, low, high in ranges:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must lie between {low} and {high:,}, not {getattr(self, name)}")

@@ -33,7 +33,6 @@ from minilora.errors import ConfigError
 from minilora.layers.low_rank import LowRankUpdate, few_rows_update, plain_update
 
 # A row of zeros (pruned, or lost in quantization) has length 0, and m / 0 would be NaN for the whole model, as in PEFT.
-LARGEST_RANK = 1 << 16      # more than any matrix of a known model has rows
 SMALLEST_NORM = torch.finfo(torch.float32).tiny
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -43,7 +42,7 @@ class LoRAConfig:
     """What to attach where.
 
     Attributes:
-        r: rank, 1 to 65,536. alpha: strength; the update is scaled by alpha/r, or alpha/√r with `use_rslora`.
+        r: rank, 1 or more. alpha: strength; the update is scaled by alpha/r, or alpha/√r with `use_rslora`.
         dropout: probability in [0, 1) of zeroing an entry of x on its way into A, while training.
         target_modules: last name parts of the linears to adapt; default all seven of a block (QLoRA, figure 2: all
             of them are needed to match 16-bit fine-tuning).
@@ -61,8 +60,8 @@ class LoRAConfig:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= LARGEST_RANK:
-            raise ConfigError(f"r must be a whole number from 1 to {LARGEST_RANK:,}, not {self.r!r}")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"r must be a whole number of at least 1, not {self.r!r}")
         if isinstance(self.alpha, bool) or not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
                                                 and self.alpha > 0):
             raise ConfigError(f"alpha must be a positive number, not {self.alpha!r}")
