@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minilora.config import TrainConfig
+from minilora.config import TrainConfig, remarks
 from minilora.errors import OutputError
 from minilora.files import file_sha256, write_text
 from minilora.hub import split_revision
@@ -65,6 +65,7 @@ def write_model_card(result: TrainResult, config: TrainConfig, labels: list[str]
         ("optimizer", f"{config.optimizer}, moments in {config.state_bits} bits, weight decay {config.weight_decay:g}"),
         ("prompt", f"template {Path(config.template).name}, at most {config.max_length} tokens with the label"),
         ("seed", str(config.seed)),
+        *(("length", remark) for remark in remarks(result.out / "config.toml")),
         ("made with", f"minilora {own_version()}, torch {torch.__version__}, Python {platform.python_version()}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -10,6 +10,7 @@ import math
 import sys
 import typing
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,9 +151,8 @@ class TrainConfig:
 
         Args: remark: what the settings do not tell, of one line: a comment on top, under those of a run that is gone on with.
         """
-        kept = Path(path).read_text(encoding="utf-8").splitlines() if self.resume and Path(path).is_file() else []
-        remarks = [line for line in kept if line.startswith("# ")] + ([f"# {remark}"] if remark else [])
-        write_text(path, "".join(line + "\n" for line in remarks) + tomli_w.dumps(self.settings()))
+        said = [*(remarks(path) if self.resume else ()), *([remark] if remark else ())]
+        write_text(path, "".join(f"# {line}\n" for line in said) + tomli_w.dumps(self.settings()))
 
     def steps(self, per_epoch: int) -> int:
         """Optimizer steps of the whole run, of which an epoch has `per_epoch`."""
@@ -213,6 +213,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
     return values
+
+
+def remarks(path: str | Path) -> list[str]:
+    """What `TrainConfig.save` wrote on top of a config.toml; nothing where there is no such file."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    return [line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines)]
 
 
 def _help(name: str) -> str:

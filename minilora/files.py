@@ -110,6 +110,7 @@ class Kind(NamedTuple):
 
 
 ANY = Kind("")
+NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini")        # what file managers leave in every folder that somebody looks at
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "minilora.json",
                "labels.txt", "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
@@ -140,7 +141,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool, kind: Kind = ANY
         raise OutputError(f"{final} exists and holds no {kind.marker}, so it is no earlier output of this kind; choose another "
                           "output")
     for inner in sorted(final.iterdir()) if in_use and final.is_dir() else ():
-        if not is_leftover(inner) and not any(fnmatchcase(inner.name, pattern) for pattern in kind.own):
+        if not is_leftover(inner) and not any(fnmatchcase(inner.name, pattern) for pattern in (*kind.own, *NOBODYS)):
             raise OutputError(f"{final} holds {inner.name}, which no earlier output of this kind would, and which would be "
                               "gone with it; move it away, or choose another output")
     place = final.resolve()

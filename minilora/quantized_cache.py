@@ -22,7 +22,7 @@ from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.strict_json import read_object
 
 SOURCE_FILE = "source.json"
-MADE_FROM = ("config.json", "*.safetensors", "*.bin", "*.index.json")
+MADE_FROM = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.index.json")
 
 
 def cache_folder(folder: Path, double_quant: bool, blocksize: int, dtype: torch.dtype, pad_vocab: bool) -> Path:

@@ -8,6 +8,9 @@ where it stood there empty.  Whoever shares one changes that, and a run that goe
     config.json  model.safetensors  minilora.json                          these, i.e. the run folder is the model's
     base/                                                                  the base, where training began by changing it
     checkpoints/                                                           see `run_checkpoints`
+    report.html  evaluation/  mlflow.json                                  what other commands put here
+
+With --overwrite a run takes the place of one that holds these alone (`KIND`).
 """
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from minilora.locks import LOCK_FILE, FolderLock, refuse_if_locked
 
 METRICS_FILE, CONFIG_FILE, CHECKPOINTS = "metrics.jsonl", "config.toml", "checkpoints"
 KIND = Kind(CONFIG_FILE, (*MODEL_FILES, CONFIG_FILE, METRICS_FILE, CHECKPOINTS, "adapter_config.json",
-                          "adapter_model.safetensors", "base", "report.html", "evaluation"))
+                          "adapter_model.safetensors", "base", "report.html", "evaluation", "mlflow.json"))
 
 
 def check_run(folder: Path, resume: bool, overwrite: bool, reads: Iterable[str | Path | None] = ()) -> None:

@@ -86,7 +86,7 @@ KIND = files.Kind("marker", ("marker", "*.csv"))
 
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    for name in ("marker", "a.csv", ".tmp-left"):
+    for name in ("marker", "a.csv", ".tmp-left", ".DS_Store"):
         (tmp_path / name).write_text("")
     files.check_output(tmp_path, overwrite=True, kind=KIND)
     (tmp_path / "important").mkdir()

@@ -66,6 +66,14 @@ def test_what_an_earlier_command_wrote_is_replaced(here: Path, out: str) -> None
     assert main([*map(str, words), *([] if out == "set" else ["--out", str(here / out)]), "--overwrite"]) == 0
 
 
+def test_a_run_that_other_commands_added_to_is_replaced(here: Path) -> None:
+    assert main([*map(str, scoring(here)), "--out", str(here / "run" / "evaluation")]) == 0
+    assert main(["report", str(here / "run")]) == 0
+    assert {"evaluation", "report.html"} <= {path.name for path in (here / "run").iterdir()}
+    assert main([*map(str, training(here)), "--out", str(here / "run"), "--overwrite"]) == 0
+    assert not (here / "run" / "evaluation").exists()
+
+
 @pytest.mark.parametrize("out", ["run", "scores", "merged", "set"])
 @pytest.mark.parametrize("name", ["notes.txt", "src/code.py"])
 def test_a_folder_that_holds_something_else_is_left_alone(here: Path, out: str, name: str,

@@ -62,6 +62,14 @@ def test_changed_weights_make_the_copy_anew(tmp_path: Path, read: list[Path]) ->
     assert read[1] == folder and read[-1] != folder
 
 
+def test_a_copy_has_the_end_tokens_that_came_later(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    load_model(folder, cache=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    for _ in range(2):
+        assert 7 in load_model(folder, cache=True).config.raw["eos_token_id"]
+
+
 def test_in_the_hubs_cache_the_copy_lies_in_the_repositorys_folder(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "models--a--b" / "snapshots" / ("c" * 40))
     load_model(folder, cache=True)

@@ -1,6 +1,7 @@
 """MLflow: what is sent of a run, what never is, what a store that fails does, and a registered model in a fresh process."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -243,3 +244,5 @@ def test_training_meets_its_own_run(tmp_path: Path, store: Store) -> None:
     run_id = read_state(tmp_path / "run")["run_id"]
     assert [step for step, _ in history(store, run_id, "loss")] == [1, 2, 3, 4]
     assert store.client().get_run(run_id).info.status == "FINISHED"
+    train(dataclasses.replace(config, max_steps=2, overwrite=True))
+    assert not (tmp_path / "run" / STATE_FILE).exists(), "the next run would be sent as this one"

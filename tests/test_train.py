@@ -476,8 +476,10 @@ def test_a_run_of_another_length_than_it_began_with_says_so_and_its_settings_kee
         warnings.simplefilter("error")
         train(config)
     assert (Path(config.out) / "config.toml").read_text() == written, "what was said once is kept"
+    assert f"| length | {remark[2:]} |" in (Path(config.out) / "README.md").read_text()
     train(dataclasses.replace(config, resume=False, overwrite=True))
     assert "# " not in (Path(config.out) / "config.toml").read_text()
+    assert "| length |" not in (Path(config.out) / "README.md").read_text()
 
 
 @pytest.mark.parametrize("shorter", [{"max_steps": 1}, {"epochs": 0.3}])
