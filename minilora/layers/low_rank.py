@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.layers import dense
 from minilora.layers.few_rows import few_rows_product, takes_few_rows
 
 
 def plain_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling · (x Aᵀ) Bᵀ: x (..., in), A (r, in), B (out, r) -> (..., out), in x's type."""
     # Scaled while it is narrow: (..., r) is read and written in a moment, (..., out) in forward and backward is not.
-    return F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
+    return dense.linear(dense.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
 
 
 def few_rows_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
@@ -43,12 +43,12 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
         """x: (..., in), A: (r, in), B: (out, r) -> x, or None where it needs no gradient, and (..., out)."""
-        low = F.linear(x, a.to(x.dtype)).mul_(scaling)                                     # (..., r)
+        low = dense.linear(x, a.to(x.dtype)).mul_(scaling)                                 # (..., r)
         ctx.save_for_backward(x, low, a, b)
         ctx.scaling = scaling
         ctx.set_materialize_grads(False)
         update = x.new_empty(*x.shape[:-1], len(b))
-        torch.mm(low.view(-1, len(a)), b.to(x.dtype).T, out=update.view(-1, len(b)))
+        dense.matmul(low.view(-1, len(a)), b.to(x.dtype).T, out=update.view(-1, len(b)))
         return (x if ctx.needs_input_grad[0] else None), update
 
     @staticmethod
@@ -65,12 +65,13 @@ class LowRankUpdate(torch.autograd.Function):
             by_update, grad_a, grad_b = (next(shares) if needed else None for needed in ctx.needs_input_grad[:3])
             return by_update if grad_x is None or by_update is None else grad_x + by_update, grad_a, grad_b, None
         g = grad_update.reshape(-1, len(b))
-        grad_low = (g @ b.to(x.dtype)).mul_(ctx.scaling)                                   # (..., r)
-        grad_a = (grad_low.T @ x.reshape(-1, x.shape[-1])).to(a.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = (g.T @ low.reshape(-1, len(a))).to(b.dtype) if ctx.needs_input_grad[2] else None
+        grad_low = dense.matmul(g, b.to(x.dtype)).mul_(ctx.scaling)                        # (..., r)
+        flat_x, flat_low = x.reshape(-1, x.shape[-1]), low.reshape(-1, len(a))
+        grad_a = dense.matmul(grad_low.T, flat_x).to(a.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = dense.matmul(g.T, flat_low).to(b.dtype) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[0]:
             share = a.to(x.dtype)
             # Made by the base's backward a moment ago, and in nobody else's hands.
-            grad_x = (grad_low @ share).view_as(x) if grad_x is None else \
-                grad_x.view(-1, x.shape[-1]).addmm_(grad_low, share).view_as(x)
+            grad_x = dense.matmul(grad_low, share).view_as(x) if grad_x is None else \
+                dense.addmm_(grad_x.view(-1, x.shape[-1]), grad_low, share).view_as(x)
         return grad_x, grad_a, grad_b, None

@@ -20,10 +20,10 @@ from operator import is_
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
+from minilora.layers import dense
 from minilora.layers.scratch import borrow
 from minilora.quant.nf4 import NestedAbsmax, NF4Tensor, quantize_nf4
 
@@ -48,7 +48,8 @@ def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool
         y = weight.fused_product(x.reshape(-1, x.shape[-1]), bias, transposed)
         if y is not None:
             return y.view(*x.shape[:-1], -1)
-    return x @ _rebuilt(weight, x.dtype) if transposed else F.linear(x, _rebuilt(weight, x.dtype), bias)
+    rebuilt = _rebuilt(weight, x.dtype)
+    return dense.matmul(x, rebuilt) if transposed else dense.linear(x, rebuilt, bias)
 
 
 class NF4Product(torch.autograd.Function):
@@ -81,7 +82,7 @@ class AddedNF4Product(torch.autograd.Function):
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         few = weight.fused_product(flat_x, None) if len(flat_x) else None
         if few is None:
-            flat_y.addmm_(flat_x, _rebuilt(weight, x.dtype).T)
+            dense.addmm_(flat_y, flat_x, _rebuilt(weight, x.dtype).T)
         else:
             flat_y.add_(few)
         if bias is not None:

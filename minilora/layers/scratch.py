@@ -20,28 +20,28 @@ from torch import Tensor
 _local = threading.local()
 
 
-def borrow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A contiguous tensor with arbitrary content, valid until the thread's next call.
+def borrow(shape: torch.Size, dtype: torch.dtype, device: torch.device, use: str = "weight") -> Tensor:
+    """A contiguous tensor with arbitrary content, valid until the thread's next call for the same use.
 
     Off the CPU it is a new tensor: there torch keeps freed memory itself, and knows which stream still reads it.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = prod(shape) * dtype.itemsize
-    held: Tensor | None = getattr(_local, "bytes", None)
+    held = vars(_local).get(use)
     if held is None or held.numel() < size:
-        held = _local.bytes = None          # free the smaller one before the larger is made
+        held = _local.__dict__[use] = None  # free the smaller one before the larger is made
         with torch.inference_mode(False):   # a tensor born in inference mode could not be used outside it
-            held = _local.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return held[:size].view(dtype).view(shape)
+            held = _local.__dict__[use] = torch.empty(size, dtype=torch.uint8, device="cpu")
+    made: Tensor = held[:size].view(dtype).view(shape)
+    return made
 
 
 def release() -> None:
-    """Give this thread's buffer back; the next `borrow` makes a new one."""
-    _local.bytes = None
+    """Give this thread's buffers back; the next `borrow` makes a new one."""
+    vars(_local).clear()
 
 
 def held_bytes() -> int:
-    """Size of this thread's buffer."""
-    held: Tensor | None = getattr(_local, "bytes", None)
-    return 0 if held is None else held.numel()
+    """Size of this thread's buffers."""
+    return sum(held.numel() for held in vars(_local).values())

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.kernels import block, block_gpu
+from minilora.layers import dense
 from minilora.llama.recompute import remembered
 from minilora.llama.trees import Trees
 
@@ -233,4 +234,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Trees | None) -> T
                 return _CausalAttention.apply(q, k, v)
             return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask, is_causal=causal,
                                                   enable_gqa=shared)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+    return dense.attention(q, k, v, mask, causal)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.layers.few_rows import few_rows_product
+from minilora.llama.linear import PLAIN
 
 # Narrower heads keep torch's product, and its bits: figures that are published hang on those of the small model that ships.
 NARROWEST = 768
@@ -19,7 +20,7 @@ def logits(head: nn.Module, states: Tensor) -> Tensor:
     Guarantee: sums in float32 of the products in bfloat16, rounded once, whoever makes them (tests/llama/test_head.py).
     """
     few = None
-    if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not torch.is_grad_enabled() \
+    if type(head) in PLAIN and head.bias is None and not head._forward_hooks and not torch.is_grad_enabled() \
             and states.shape[-1] >= NARROWEST:
         few = few_rows_product(states, head.weight)
     return head(states) if few is None else few

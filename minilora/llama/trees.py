@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels import block
+from minilora.layers import dense
 
 
 @dataclass(frozen=True)
@@ -75,5 +75,5 @@ class Trees:
         """
         if not block.takes_trees(q.shape[-1], q.dtype, q.device) or (kernel := block.kernel()) is None:
             mask = self.mask(k.shape[2]).to(q.device)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+            return dense.attention(q, k, v, mask)
         return kernel.trees(q, k, v, self.keys, self.starts, self.asking.starts, self.asking.positions, self.visible)
