@@ -24,7 +24,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # AVX-512 (11008 × 4096: the lines cross at 112 rows of bfloat16 and 330 of float32); the other forms on the same machine.
 FUSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 96, torch.float32: 256},
               "AVX-512": {torch.bfloat16: 16, torch.float32: 128},
-              "AVX2": {torch.bfloat16: 8, torch.float32: 64}}
+              "AVX2": {torch.bfloat16: 64, torch.float32: 64}}
 FUSED_ROWS_ELSEWHERE = {torch.bfloat16: 3, torch.float32: 4}
 
 

@@ -3,8 +3,6 @@
 On such a CPU (AVX2: most laptops) torch multiplies 16-bit numbers one by one, and a training step takes 25 times as long in
 bfloat16 as in float32.  Every 16-bit number is a float32 number, and torch sums in float32 too: what is computed here is the
 same but for the order of the sums.  A large matrix is widened piece by piece, so that it is never in memory as float32.
-
-Lesson 17 explains it.
 """
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from minilora.layers.scratch import borrow
 
 PIECE = 1 << 20         # elements of a matrix that are float32 at a time: 4 MB
+FEW_ROWS = 4            # whose products with the lines of a matrix, as they lie in memory, torch makes faster in 16 bits
 
 
 @cache
@@ -35,6 +34,11 @@ def is_widened(x: Tensor) -> bool:
     """Whether products of x are made in float32.  Under autocast the types are torch's to choose."""
     return (x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and not multiplies(x.dtype)
             and not torch.is_autocast_enabled("cpu"))
+
+
+def _is_wide(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a b`` is made in float32."""
+    return is_widened(a) and not (b.stride(0) == 1 and a.numel() <= FEW_ROWS * a.shape[-1])
 
 
 def _add_wide(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def _add_wide(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a b`` without a gradient: (..., k) and (k, n) of one type -> (..., n), or `out`."""
-    if not is_widened(a):
+    if not _is_wide(a, b):
         return torch.matmul(a, b, out=out)
     wide = _add_wide(a.new_zeros(*a.shape[:-1], b.shape[1], dtype=torch.float32), a, b)
     return wide.to(a.dtype) if out is None else out.copy_(wide)
@@ -63,7 +67,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``y += a b`` in place without a gradient: (rows, n), (rows, k) and (k, n) of one type -> y."""
-    return y.copy_(_add_wide(y.float(), a, b)) if is_widened(a) else y.addmm_(a, b)
+    return y.copy_(_add_wide(y.float(), a, b)) if _is_wide(a, b) else y.addmm_(a, b)
 
 
 class _WideLinear(torch.autograd.Function):
@@ -83,9 +87,11 @@ class _WideLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: ``x Wᵀ + b`` of (..., in), (out, in) and (out,) or None -> (..., out)."""
-    if not is_widened(x) or weight.dtype != x.dtype or x.shape[-1] != weight.shape[-1]:     # of what doesn't fit torch says so
+    learning = torch.is_grad_enabled()
+    wide = is_widened(x) if learning and x.requires_grad else _is_wide(x, weight.T)     # the way back is never torch's
+    if not wide or weight.dtype != x.dtype or x.shape[-1] != weight.shape[-1]:          # of what doesn't fit torch says so
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if learning and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return _WideLinear.apply(x, weight, bias)
 

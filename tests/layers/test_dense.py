@@ -90,6 +90,22 @@ def test_the_buffer_that_a_matrix_is_widened_in_is_not_the_one_that_it_may_lie_i
     assert torch.equal(dense.matmul(a, lent), dense.matmul(a, copy)) and torch.equal(lent, copy)
 
 
+def test_few_rows_that_learn_nothing_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    add = dense._add_wide
+    monkeypatch.setattr(dense, "_add_wide", lambda y, a, b: made.append(len(a)) or add(y, a, b))
+    weight = numbers(30, 40, dtype=torch.bfloat16)
+    for rows, learning, expected in ((4, False, []), (5, False, [5]), (1, True, [1, 1])):
+        made.clear()
+        y = dense.linear(numbers(rows, 40, dtype=torch.bfloat16).requires_grad_(learning), weight)
+        if learning:
+            y.sum().backward()
+        assert made == expected
+    made.clear()
+    dense.matmul(numbers(1, 30, dtype=torch.bfloat16), weight)      # across the lines, where torch is slowest
+    assert made == [1]
+
+
 def test_float32_autocast_and_what_does_not_fit_are_torchs() -> None:
     x, weight = numbers(3, 20), numbers(10, 20, seed=1)
     assert torch.equal(dense.linear(x, weight), F.linear(x, weight)) and torch.equal(dense.matmul(x, weight.T), x @ weight.T)
