@@ -307,6 +307,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             _say(f"out of memory ({reason}); `minilora memory` says what a run takes")
             return 2
+        except OSError as error:
+            # Trap: asked whether a path is there, Python raises where it may not look, or a name is too long (until 3.14).
+            if not isinstance(error.filename, str):
+                raise
+            _say(str(MiniloraError(f"{error.filename}: {error.strerror}; check the path and its permissions")))
+            return 2
         except KeyboardInterrupt:
             _say("stopped")
             return 130

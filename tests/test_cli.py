@@ -337,6 +337,27 @@ def test_an_adapter_of_another_models_shape_ends_with_one_line(world: Path, tmp_
             says=("adapter_model.safetensors", "another model"))
 
 
+@pytest.mark.parametrize("words", [
+    ["train", "--model", "tiny", "--data", "train.csv", "--out", "PATH"],
+    ["train", "--model", "tiny", "--data", "PATH.csv", "--out", "new"],
+    ["train", "--model", "tiny", "--data", "train.csv", "--out", "new", "--template", "PATH"],
+    ["train", "--model", "PATH", "--data", "train.csv", "--out", "new"], ["data", "check", "PATH.csv"],
+    ["predict", "--model", "tiny", "--labels", "PATH", "--note", SECRET], ["predict", "--model", "tiny", "--adapter", "PATH",
+                                                                          "--note", SECRET],
+    ["evaluate", "--model", "tiny", "--adapter", "PATH", "--data", "train.csv", "--out", "new"],
+    ["merge", "--model", "tiny", "--adapter", "PATH", "--out", "new"], ["quantize", "PATH", "new"], ["report", "PATH"],
+    ["memory", "--model", "PATH"], ["compare", "PATH", "PATH"], ["show", "--model", "tiny", "--data", "PATH.csv"],
+    ["audit", "--json", "PATH"],
+])
+def test_a_path_that_the_system_will_not_look_at_ends_with_one_line(
+        tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    # As in a folder that one may not search; but that the superuser may, and a name too long nobody.
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "train.csv", notes(8))
+    path = str(tmp_path / ("x" * 300))
+    refused(*(word.replace("PATH", path) for word in words), says=("x" * 300,))
+
+
 # Bad configurations, templates, outputs
 
 
