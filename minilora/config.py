@@ -10,6 +10,7 @@ import math
 import sys
 import typing
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,7 @@ class TrainConfig:
 
     def steps(self, per_epoch: int) -> int:
         """Optimizer steps of the whole run, of which an epoch has `per_epoch`."""
-        total = math.ceil(self.epochs * per_epoch)
+        total = math.ceil(Fraction(str(self.epochs)) * per_epoch)       # 1.1 epochs of 10 are 11: 1.1 * 10 is more in floats
         return total if not self.max_steps else min(total, self.max_steps) if self.epochs else self.max_steps
 
     def settings(self) -> dict[str, Any]:

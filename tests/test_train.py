@@ -482,6 +482,11 @@ def test_a_run_of_another_length_than_it_began_with_says_so_and_its_settings_kee
     assert "| length |" not in (Path(config.out) / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("epochs", "per_epoch", "steps"), [(1.1, 10, 11), (0.07, 100, 7), (2.3, 30, 69), (3, 7, 21)])
+def test_a_fraction_of_an_epoch_is_that_of_its_decimals(epochs: float, per_epoch: int, steps: int) -> None:
+    assert TrainConfig(model="tiny", data="d", out="o", epochs=epochs).steps(per_epoch) == steps
+
+
 @pytest.mark.parametrize("shorter", [{"max_steps": 1}, {"epochs": 0.3}])
 def test_a_run_that_has_done_more_steps_than_are_asked_for_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
                                                                       shorter: dict[str, Any]) -> None:
