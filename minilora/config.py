@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ LARGEST_RANK = 1 << 16      # more than any matrix of a known model has rows
 # Settings that a resumed run may change.
 MAY_CHANGE = {"model", "data", "val", "out", "epochs", "max_steps", "eval_every", "save_every", "device",
               "resident_mib", "page_bytes", "backing", "cache", "activation_offloading"}
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")        # a byte of a file's name that is not UTF-8 comes as half of a surrogate
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -207,8 +209,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deep for a list of settings") from None
+    except ValueError as error:         # TOMLDecodeError, UnicodeDecodeError, or a number of more digits than Python reads
+        raise ConfigError(f"{path} is not TOML: {error!s:.200}") from None
     known = {setting.name for setting in dataclasses.fields(TrainConfig)}
     unknown = sorted(values.keys() - known)
     if unknown:
@@ -240,6 +244,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         value = float(value) if abs(value) < 1 << 1023 else math.inf       # a TOML file's numbers have no end
     if isinstance(value, Path):
         value = str(value)
+    if isinstance(value, str) and (found := _NO_TEXT.search(value)):      # NUL ends a path; config.toml is UTF-8
+        raise ConfigError(f"{name} holds {found[0]!a}, which is no text that a file of settings can hold: rename what it "
+                          "names, in UTF-8")
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ConfigError(f"{name} must be {'a finite number' if hint is float else hint.__name__}, not {value!r}")
     return value

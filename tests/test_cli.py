@@ -368,7 +368,9 @@ def test_a_path_that_the_system_will_not_look_at_ends_with_one_line(
     (b"target_modules = \"q_proj\"\n", "target_modules must be a list"), (b"[r]\nx = 1\n", "r must be int"),
     (b"r = 99999999999999999999999\n", "r must be at most 65,536"),
     (b"alpha = 1" + b"0" * 400, "alpha must be a finite number"),
-    (b"eval_every = 5\n", "nothing to validate on"),
+    (b"eval_every = 5\n", "nothing to validate on"), (b"seed = 1" + b"0" * 5000, "is not TOML"),
+    (b"target_modules = " + b"[" * 20_000 + b"]" * 20_000, "nested too deep"),
+    (b'template = "note\\u0000"\n', "template holds '\\x00'"),
 ])
 def test_a_bad_configuration_ends_with_one_line(world: Path, tmp_path: Path, refused: Refused, content: bytes | None,
                                                 says: str) -> None:
@@ -377,6 +379,13 @@ def test_a_bad_configuration_ends_with_one_line(world: Path, tmp_path: Path, ref
         config.write_bytes(content)
     refused("train", "--config", config, "--model", world / "base", "--data", world / "train.csv", "--out", tmp_path / "run",
             says=says)
+
+
+@pytest.mark.parametrize("flag", ["out", "data", "val", "model", "template", "input-column"])
+def test_a_name_that_is_not_utf_8_ends_with_one_line_as_no_config_could_hold_it(world: Path, tmp_path: Path, refused: Refused,
+                                                                               flag: str) -> None:
+    refused(*train_words(world, tmp_path / "run"), f"--{flag}", f"{tmp_path}/caf\udce9",
+            says=(f"{flag.replace('-', '_')} holds", "UTF-8"))
 
 
 @pytest.mark.parametrize(("text", "says"), [("Note:", "{input} 0 times"), ("{input} {input}", "{input} 2 times"),
