@@ -110,6 +110,11 @@ def refuse_sparse(param: Tensor) -> None:
                           "takes those, and nn.Embedding(sparse=False) makes none")
 
 
+def _variants(group: dict[str, Any]) -> list[str]:
+    """What a group asks for that would be another update."""
+    return [name for name in ("maximize", "amsgrad") if group.get(name)]
+
+
 class Moments8bit(NamedTuple):
     """Both moments of n elements in 8 bits: codes (n,) uint8, and absmax (ceil(n / 256),) float32, of each."""
 
@@ -177,8 +182,12 @@ class AdamW(torch.optim.Optimizer):
         for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. Raises: ConfigError: a parameter of a type that it does not update."""
+        """As torch's. Raises: ConfigError: a parameter of a type that it does not update, or another variant."""
         self._add(param_group)
+        if variants := _variants(self.param_groups[-1]):
+            self.param_groups.pop()
+            raise ConfigError(f"a group of parameters asks for {variants[0]}=True, which {type(self).__name__} does not have; "
+                              "torch.optim.AdamW has it")
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in self.TYPES:
                 self.param_groups.pop()
@@ -188,8 +197,7 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. Raises: ValueError: groups of other sizes (from torch). CheckpointError: the state is of a variant."""
         for group in state_dict["param_groups"]:
-            variants = [name for name in ("maximize", "amsgrad") if group.get(name)]
-            if variants:
+            if variants := _variants(group):
                 raise CheckpointError(f"the optimizer's state was made with {variants[0]}=True, which {type(self).__name__} "
                                       "does not have")
         self._load_all(state_dict)

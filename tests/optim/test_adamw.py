@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minilora import ConfigError
 from minilora.optim import adamw
 from minilora.optim.adamw import AdamW
+from minilora.optim.paged_adamw import PagedAdamW
 
 
 def test_first_step_by_hand() -> None:
@@ -86,6 +87,19 @@ def test_state_dict_goes_to_torch_and_back() -> None:
     steps(ours, a, 3)
     steps(theirs, b, 3)
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [AdamW, PagedAdamW])
+@pytest.mark.parametrize("variant", ["maximize", "amsgrad"])
+def test_a_group_that_asks_for_another_update_is_refused_and_not_minimised(kind: type[AdamW], variant: str) -> None:
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.raises(ConfigError, match=variant):
+        kind([{"params": [first], variant: True}])
+    optimizer = kind([first])
+    with pytest.raises(ConfigError, match=variant):
+        optimizer.add_param_group({"params": [second], variant: True})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [second], variant: False})
 
 
 @pytest.mark.parametrize("options", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": float("nan")},
