@@ -42,11 +42,28 @@ UNREADABLE = (CheckpointError, SafetensorError, OSError, KeyError, ValueError, T
 
 @dataclass
 class Position:
-    """How far a run has come: optimizer steps done, the bytes of metrics.jsonl they wrote, the hash of the table they saw."""
+    """How far a run has come: optimizer steps done, the bytes of metrics.jsonl they wrote, and what they saw.
+
+    Attributes: data_sha256: of the table. base_digest: of what lies under the adapters. template: its text. "" where not known.
+    """
 
     step: int = 0
     metrics_bytes: int = 0
     data_sha256: str = ""
+    base_digest: str = ""
+    template: str = ""
+
+    def sees(self, **now: tuple[str, str]) -> Position:
+        """Note what the next steps see, by attribute: what it is called, and its value; returns itself.
+
+        Warns: UserWarning: the steps before saw another: a file that a setting names may have changed, or another be named.
+        """
+        for name, (called, value) in now.items():
+            if getattr(self, name) not in ("", value):
+                warnings.warn(f"{called} has changed since step {self.step}: the run goes on, and ends with the bytes of "
+                              "neither the one nor the other", stacklevel=3)
+            setattr(self, name, value)
+        return self
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -165,7 +182,8 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
         try:
             _verify(path)
             state = read_json_object(path / STATE_FILE)
-            position = Position(int(state["step"]), int(state["metrics_bytes"]), str(state["data_sha256"]))
+            position = Position(int(state["step"]), int(state["metrics_bytes"]), str(state["data_sha256"]),
+                                str(state.get("base_digest", "")), str(state.get("template", "")))
             tensors = load_file(path / WEIGHTS_FILE)
             rest = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
             if isinstance(optimizer, PagedAdamW):

@@ -204,6 +204,8 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
     model.train()
     trained, parameters = trainable_parameters(model)
     digest = None if full else base_digest(model)
+    now = {"data_sha256": (config.data, table), "base_digest": (f"what the model {config.model} holds", digest or ""),
+           "template": (f"the template {config.template}", load_template(config.template).text)}
     team.shard(model)
     groups = rate_groups(model, config.loraplus_lr_ratio)
     optimizer = make_optimizer(groups, config, device)
@@ -214,7 +216,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
             config.save(out / "config.toml", remark)
             if start and not started:
                 save_base(model, tokenizer, out)
-                save_checkpoint(out, Position(data_sha256=table), model, optimizer)
+                save_checkpoint(out, Position().sees(**now), model, optimizer)
             write_labels(out / "labels.txt", labels)
             tokenizer.save(out)
         team.wait()
@@ -222,10 +224,7 @@ def train(config: TrainConfig, team: Team | None = None) -> TrainResult:
         if team.totals(position.step)[0] != team.size * position.step:
             raise CheckpointError(f"process {team.rank} goes on from step {position.step} and another one from another: is "
                                   f"{out} the same folder, and readable, everywhere?")
-        if position.data_sha256 not in ("", table):
-            warnings.warn(f"{config.data} has changed since step {position.step}: the run goes on, and ends with the bytes of "
-                          "neither table", stacklevel=2)
-        position.data_sha256 = table
+        position.sees(**now)
 
         keep_freed_memory()
         before = last_metrics(out)

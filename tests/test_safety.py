@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import torch
 
 from minilora import CheckpointError, MiniloraError, OutputError, StoppedError, TrainConfig, train
 from minilora.cli import main
+from minilora.files import file_sha256
 from minilora.locks import LOCK_FILE, FolderLock
 from minilora.runs import append_metrics
 from tests.killing import Runs, gone_on_with
@@ -361,6 +363,38 @@ def test_metrics_that_lost_lines_do_not_keep_a_run_from_going_on(
         assert resumes_to_the_same_bytes(config, tmp_path)
     assert [line.partition(",")[0] for line in metrics.read_text().splitlines()] == [
         f'{{"step": {step}' for step in ([1] if left else []) + [4, 5, 6]]
+
+
+def test_a_base_or_a_template_that_changed_since_the_checkpoint_is_told(config: TrainConfig, tmp_path: Path) -> None:
+    template = tmp_path / "prompt.txt"
+    template.write_text("Note: {input}\nLabel:")
+    config = dataclasses.replace(config, template=str(template))
+    train(dataclasses.replace(config, max_steps=2))
+    template.write_text("Order: {input}\nProtocol:")
+    with pytest.warns(UserWarning, match=r"template .*prompt\.txt has changed since step 2: the run goes on"):
+        train(dataclasses.replace(config, max_steps=3, resume=True))
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match=r"what the model .*other holds has changed since step 3: the run goes on"):
+        train(dataclasses.replace(config, max_steps=4, model=str(other), resume=True))
+    moved = shutil.copytree(other, tmp_path / "moved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="resumed after step 4 with 5 steps in all instead of 4")
+        train(dataclasses.replace(config, max_steps=5, model=str(moved), resume=True))
+
+
+def test_a_checkpoint_of_a_version_that_kept_less_is_gone_on_with(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    checkpoint = Path(config.out) / "checkpoints" / "step-000002"
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({name: state[name] for name in ("step", "metrics_bytes", "data_sha256")}))
+    sums = (checkpoint / "SHA256SUMS").read_text().splitlines()
+    sums = [f"{file_sha256(checkpoint / 'state.json')}  state.json" if line.endswith("state.json") else line for line in sums]
+    (checkpoint / "SHA256SUMS").write_text("".join(line + "\n" for line in sums))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="resumed after step 2 with 3 steps in all instead of 2")
+        assert train(dataclasses.replace(config, max_steps=3, resume=True)).steps == 3
 
 
 def test_a_table_that_changed_since_the_checkpoint_is_told(config: TrainConfig, tmp_path: Path) -> None:
