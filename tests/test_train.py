@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 from minilora import (
     CheckpointError,
     ConfigError,
+    DataError,
     MiniloraError,
     OutputError,
     TrainConfig,
@@ -480,6 +482,17 @@ def test_a_run_of_another_length_than_it_began_with_says_so_and_its_settings_kee
     train(dataclasses.replace(config, resume=False, overwrite=True))
     assert "# " not in (Path(config.out) / "config.toml").read_text()
     assert "| length |" not in (Path(config.out) / "README.md").read_text()
+
+
+def test_labels_that_the_tokenizer_writes_alike_are_refused_before_training(config: TrainConfig, base: Path,
+                                                                            tmp_path: Path) -> None:
+    normalizing = shutil.copytree(base, tmp_path / "normalizing")
+    tokenizer = json.loads((normalizing / "tokenizer.json").read_text())
+    (normalizing / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "NFKC"}}))
+    data = write_csv(tmp_path / "alike.csv", notes(8, ["Grade 1", "Grade ①"]))
+    with pytest.raises(DataError, match="differ only by characters that the tokenizer does not know"):
+        train(dataclasses.replace(config, model=str(normalizing), data=str(data)))
+    assert not Path(config.out).exists()
 
 
 @pytest.mark.parametrize(("epochs", "per_epoch", "steps"), [(1.1, 10, 11), (0.07, 100, 7), (2.3, 30, 69), (3, 7, 21)])

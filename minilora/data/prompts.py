@@ -179,8 +179,18 @@ def encode_label(tokenizer: Tokenizer, label: str) -> list[int]:
 
 
 def longest_label(tokenizer: Tokenizer, labels: Iterable[str]) -> int:
-    """Return the number of tokens to reserve for a label and its end token: that of the longest one."""
-    return max(len(encode_label(tokenizer, label)) for label in labels)
+    """Return the number of tokens to reserve for a label and its end token: that of the longest one.
+
+    Raises:
+        DataError: two labels are the same tokens, so no answer could be told for the one or the other.
+    """
+    written: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        twin = written.setdefault(tuple(encode_label(tokenizer, label)), label)
+        if twin != label:
+            raise DataError(f"labels {twin!r} and {label!r} differ only by characters that the tokenizer does not know; keep "
+                            "one of them, or spell them in others")
+    return max(map(len, written))
 
 
 @dataclass(frozen=True)

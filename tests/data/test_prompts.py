@@ -1,6 +1,7 @@
 """Prompts: BOS once, the end token last, loss on the answer alone, the same joint at training and at inference."""
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,16 @@ def test_cut_keeps_two_thirds_of_the_head_and_one_third_of_the_tail():
 def test_cut_never_shows_half_a_character():
     text = TOY.decode(encode_prompt(TOY, NOTE, "äöü€" * 200, 97).input_ids)
     assert "\ufffd" not in text and JOINER in text
+
+
+def test_labels_of_the_same_tokens_are_refused_where_the_reserve_is_counted():
+    class Blind(ToyTokenizer):
+        def encode(self, text: str, bos: bool = True) -> list[int]:
+            return super().encode(unicodedata.normalize("NFKC", text), bos)
+
+    assert longest_label(Blind(), ["Grade 1", "Grade 2", "Grade 1"]) == len("Grade 1") + 1
+    with pytest.raises(DataError, match="'Grade 1' and 'Grade ①' differ only by characters that the tokenizer does not know"):
+        longest_label(Blind(), ["Grade 1", "Grade ①"])
 
 
 def test_reserve_cuts_training_and_prediction_alike():
