@@ -198,4 +198,6 @@ def write_labels(path: str | Path, labels: Sequence[str]) -> None:
         if label != label.strip() or label in seen:
             raise DataError(f"{path} label {number} has blanks around it or is a duplicate; pass what label_set gives")
         seen.add(label)
-    write_text(path, "".join(label + "\n" for label in labels))
+    # Trap: a mark at the very beginning of a file is none of its text; where a label begins with one, it takes two.
+    mark = "\ufeff" if labels and labels[0].startswith("\ufeff") else ""
+    write_text(path, mark + "".join(label + "\n" for label in labels))
