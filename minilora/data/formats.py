@@ -202,7 +202,9 @@ def _parquet_records(path: Path, may_be_empty: bool) -> Iterator[Record]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _unique(str(path), file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                cells = [_cells(column, f"{path} after row {number}: column {shown(name)}")
+                         for name, column in zip(columns, batch.columns, strict=True)]
+                for values in zip(*cells, strict=True):
                     number += 1
                     yield number, dict(zip(columns, values, strict=True))
     except UnicodeDecodeError as error:
@@ -211,6 +213,18 @@ def _parquet_records(path: Path, may_be_empty: bool) -> Iterator[Record]:
         raise DataError(f"{path} after row {number}: not a Parquet file, or truncated; write the file again") from error
     if number == 0 and not may_be_empty:
         raise DataError(f"{path} has no rows; add some")
+
+
+def _cells(column: Any, where: str) -> list[Any]:
+    """The values of an Arrow array, as Python's."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, LookupError, TypeError, NotImplementedError) as error:
+        # A date past the year 9999, a time zone that is not known here, an object with two fields of one name.
+        raise DataError(f"{where} holds a value of type {column.type!s:.60} that Python cannot hold; write the column as text"
+                        ) from error
 
 
 def cell_text(value: Any) -> str:

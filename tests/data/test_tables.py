@@ -287,6 +287,19 @@ def test_a_bad_parquet_ends_with_one_line(tmp_path: Path, columns, words):
     assert [word for word in words if word not in message] == [], message
 
 
+@pytest.mark.parametrize("kind", ["date", "time zone", "object"])
+def test_a_parquet_column_that_python_cannot_hold_ends_with_one_line(tmp_path: Path, kind: str):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is in the extra [spark]")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = {"date": lambda: pyarrow.array([1 << 30], pyarrow.int32()).cast(pyarrow.date32()),
+              "time zone": lambda: pyarrow.array([1], pyarrow.timestamp("us", tz="Mars/Olympus")),
+              "object": lambda: pyarrow.StructArray.from_arrays([pyarrow.array([1])] * 2, names=["a", "a"])}[kind]()
+    path = tmp_path / "bad.parquet"
+    parquet.write_table(pyarrow.table({"note": [SECRET], "label": ["CT"], "seen": column}), path)
+    message = failure(path)
+    assert "column 'seen'" in message and "write the column as text" in message, message
+
+
 def test_a_file_that_is_not_parquet_ends_with_one_line(tmp_path: Path):
     pytest.importorskip("pyarrow", reason="pyarrow is in the extra [spark]")
     path = tmp_path / "fake.parquet"
