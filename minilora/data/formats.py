@@ -22,10 +22,15 @@ FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "pa
 CELL_LIMIT = 16 << 20        # characters in one CSV cell; the csv module's own limit is 131,072
 LINE_LIMIT = 4 * CELL_LIMIT  # characters in one line: bounds memory on a file that isn't text
 PARQUET_ROWS = 1024          # rows in memory at once
+DEEPEST = 200                # lists within lists in one record
 NAME_LIMIT = 40              # characters of a column name that a message may quote
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Record = tuple[int, dict[str, Any]]
+
+
+class Number(str):
+    """A number of a JSON file, as it is written there."""
 
 
 def table_format(path: Path, format: str | None, error: type[DataError] | type[OutputError] = DataError) -> str:
@@ -164,10 +169,13 @@ def _jsonl_records(path: Path, may_be_empty: bool) -> Iterator[Record]:
         return dict(zip(names, (value for _, value in items), strict=True))
 
     # Numbers stay as they are written: 1.0 must not come out as 1, nor a long id as 1e20.
-    decoder = json.JSONDecoder(object_pairs_hook=pairs, parse_int=str, parse_float=str, parse_constant=lambda _: None)
+    decoder = json.JSONDecoder(object_pairs_hook=pairs, parse_int=Number, parse_float=Number, parse_constant=lambda _: None)
     for number, line in enumerate((line.strip() for line in text_lines(path) if line.strip()), start=1):
         try:
             record = decoder.decode(line)
+            for value in record.values() if isinstance(record, dict) else ():
+                if isinstance(value, (list, dict)):
+                    _as_json(value)         # too deep for that is refused here, where the row is known
         except json.JSONDecodeError as error:
             raise DataError(f"{path} row {number} is not JSON: {error.msg} at character {error.pos + 1}; write one "
                             "object a line") from error
@@ -232,5 +240,19 @@ def cell_text(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if isinstance(value, (bool, list, dict)):
-        return _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False, default=str))
+        return _SURROGATE.sub("\ufffd", _as_json(value))
     return str(value)
+
+
+def _as_json(value: Any, depth: int = 1) -> str:
+    """JSON of a value in which a `Number` is one. Raises: RecursionError: it is nested too deep."""
+    if depth > DEEPEST:
+        raise RecursionError
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join([f"{json.dumps(key, ensure_ascii=False)}: {_as_json(item, depth + 1)}"
+                                for key, item in value.items()]) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join([_as_json(item, depth + 1) for item in value]) + "]"
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -101,6 +101,8 @@ BAD_JSONL = {
     "wrong column": (jsonl({"text": SECRET, "label": "CT"}), ["no column 'note'", "'text', 'label'"]),
     "duplicate key": (jsonl(*ROWS) + f'{{"note": "{SECRET}", "note": "x"}}\n', ["row 3", "duplicate column 'note'"]),
     "nested too deep": (jsonl(*ROWS) + "[" * 200_000 + "\n", ["row 3", "nested too deep"]),
+    "a column nested too deep": (jsonl(*ROWS) + f'{{"note": "x", "label": "CT", "more": {"[" * 300 + "]" * 300}}}\n',
+                                 ["row 3", "nested too deep"]),
     "NUL byte": (jsonl(*ROWS) + f'{{"note": "{SECRET}\0"}}\n', ["line 3", "NUL byte"]),
 }
 
@@ -198,6 +200,13 @@ def test_jsonl_numbers_stay_as_written_and_columns_are_all_keys(tmp_path: Path):
     assert table.rows[1].values["extra"] == '[true, "ü"]'
     assert table.rows[1].values["gone"] == table.rows[1].values["nan"] == ""
     assert table.columns == read_columns(path) == ["note", "label", "extra", "gone", "nan"]
+
+
+def test_numbers_within_lists_and_objects_are_numbers_as_they_were_written(tmp_path: Path):
+    path = tmp_path / "notes.jsonl"
+    cell = '{"egfr": 24.0, "id": 12345678901234567890123, "all": [1e3, "2", -0, true, null, {"é": []}]}'
+    path.write_text(f'{{"note": "a", "label": "CT", "more": {cell}}}\n')
+    assert read_table(path, "note", "label").rows[0].values["more"] == cell
 
 
 def test_format_overrides_the_suffix(tmp_path: Path):
