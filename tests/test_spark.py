@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from minilora.audit_log import FILE  # noqa: E402
 from minilora.cli import main  # noqa: E402
 from minilora.compare import read_rows  # noqa: E402
 from minilora.data.tables import read_columns  # noqa: E402
-from minilora.errors import ConfigError, DataError  # noqa: E402
+from minilora.errors import ConfigError, DataError, MiniloraError, OutputError  # noqa: E402
 from minilora.integrations.spark import Labelling, local_session, predict, predict_files  # noqa: E402
 from tests.notes import SECRET, notes, write_csv  # noqa: E402
 
@@ -118,6 +119,38 @@ def test_what_cannot_be_labelled_is_said_in_one_line_without_a_note(tmp_path: Pa
     assert (line["outcome"], line["error"], line["rows_read"]) == ("failed", "MiniloraError", None)
     said = capfd.readouterr().err
     assert "none.txt" in said.splitlines()[-1] and SECRET not in said
+
+
+def test_what_is_overwritten_by_spark_stays_until_the_answers_are_there(tmp_path: Path, how: Labelling) -> None:
+    data, out = write_csv(tmp_path / "notes.csv", notes(3)), tmp_path / "out.jsonl"
+    out.mkdir()
+    (out / "part-00000-x.json").write_text('{"input": "an earlier answer"}\n')
+    with pytest.raises(MiniloraError, match=r"none\.txt"):
+        predict_files(data, out, replace(how, labels=str(tmp_path / "none.txt")), 1, overwrite=True)
+    assert [path.read_text() for path in out.iterdir()] == ['{"input": "an earlier answer"}\n']
+    with pytest.raises(MiniloraError, match=r"none\.txt"):
+        predict_files(data, tmp_path / "new.jsonl", replace(how, labels=str(tmp_path / "none.txt")), 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.txt", "notes.csv", "out.jsonl"]
+    assert predict_files(data, out, how, 1, overwrite=True) == 3
+    assert len(read_rows(out)) == 3 and not (out / "part-00000-x.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.txt", "notes.csv", "out.jsonl"]
+
+
+def test_spark_overwrites_no_folder_with_files_of_somebody_else_or_with_what_it_reads(tmp_path: Path, how: Labelling) -> None:
+    out = tmp_path / "out.csv"
+    out.mkdir()
+    data = write_csv(out / "part-1.csv", notes(3))
+    with pytest.raises(OutputError, match=r"is or holds .*part-1\.csv, which is read here"):
+        predict_files(data, out, how, 1, overwrite=True)
+    with pytest.raises(OutputError, match=r"is or holds .*out\.csv, which is read here"):
+        predict_files(out, out, how, 1, overwrite=True)
+    other = write_csv(tmp_path / "notes.csv", notes(3))
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds mine.txt, which no earlier output"):
+        predict_files(other, out, how, 1, overwrite=True)
+    assert main(["predict", "--model", "tiny", "--labels", str(how.labels), "--data", str(other), "--out", str(out), "--spark",
+                 "--overwrite"]) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["mine.txt", "part-1.csv"]
 
 
 def test_without_java_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

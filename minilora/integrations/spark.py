@@ -33,7 +33,7 @@ from minilora.audit_log import Tally
 from minilora.data.formats import table_format
 from minilora.data.table_writer import added_columns
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
-from minilora.files import check_output
+from minilora.files import Kind, check_output, new_folder
 from minilora.predict import ADDED_COLUMNS, Predictor
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and optio
 TRIES = 4                   # of a task, as on a cluster
 GROUP = "minilora-predict"                  # of jobs, by which their progress is found
 ROWS_A_TASK = 5_000         # at most, of `predict_files`: what is lost when a worker dies, and what the last one is waited for
+# What Spark leaves in a folder, here and on Databricks: anything else in it is somebody's own.
+KIND = Kind("", ("_SUCCESS", "._SUCCESS.crc", "part-*", ".part-*.crc", "_temporary", "_started_*", "_committed_*"))
 # Set where somebody else started Spark, and will end it: spark-submit, and Databricks.
 STARTED_ELSEWHERE = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
 
@@ -195,6 +197,20 @@ def _progress(spark: SparkSession, tasks: int, quiet: bool) -> Iterator[None]:
         bar.update(tasks - bar.n)
 
 
+@contextmanager
+def _place(out: str | Path, overwrite: bool) -> Iterator[tuple[str, str]]:
+    """Where Spark is to write, and in which mode.
+
+    Trap: Spark removes what it overwrites first, and then begins: a job that fails would leave neither.  So on this machine it
+    writes beside it, and the folder takes the name when all is there; a cluster's storage knows no renaming of folders.
+    """
+    if any(os.environ.get(name) for name in STARTED_ELSEWHERE) or "://" in str(out):
+        yield str(out), "overwrite" if overwrite else "error"
+        return
+    with new_folder(out, overwrite, KIND, mode=0o700) as temporary:
+        yield str(temporary), "overwrite"
+
+
 def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None, overwrite: bool = False,
                   tally: Tally | None = None, quiet: bool = True) -> int:
     """Label a table with Spark, on this machine or on the cluster that this runs on.
@@ -207,10 +223,12 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
 
     Returns: rows written.
     Raises: ConfigError, DataError, OutputError: as `predict_table`; MiniloraError: a worker failed.
+    Guarantee: what `overwrite` replaces goes when all answers are there, on this machine (tests/test_spark.py), and is never
+        more than Spark's own files, nor anything that is read.
     """
     if tally is not None:               # a run that fails leaves no file in which to count
         tally.rows_read = tally.rows_predicted = tally.rows_in_error = None
-    check_output(out, overwrite)
+    check_output(out, overwrite, KIND, reads=(data, how.model, how.adapter, how.labels, how.template))
     written, how_written = SPARKS[table_format(Path(out), None, OutputError)]
     with session(workers) as (spark, at_once, threads):
         from pyspark.sql.functions import count, lit, monotonically_increasing_id
@@ -222,9 +240,8 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
             numbered = table.withColumn(row, monotonically_increasing_id())
             dealt = numbered.repartitionByRange(tasks, row).sortWithinPartitions(row).drop(row)
             labelled = predict(dealt, how if how.threads else replace(how, threads=threads))
-            writer = labelled.write.format(written).options(**how_written).mode("overwrite" if overwrite else "error")
-            with _progress(spark, tasks, quiet):
-                writer.save(str(out))
+            with _place(out, overwrite) as (place, mode), _progress(spark, tasks, quiet):
+                labelled.write.format(written).options(**how_written).mode(mode).save(place)
             # Trap: JSON is read back without a column that is empty in every row, unless it is named.
             answers: Any = spark.read.schema(labelled.schema).format(written).options(**how_written).load(str(out))
             rows, errors = answers.agg(count(lit(1)), count("error")).collect()[0]
