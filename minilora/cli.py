@@ -176,14 +176,14 @@ def _merge(args: argparse.Namespace) -> None:
 def _memory(args: argparse.Namespace) -> None:
     import torch
 
-    from minilora.files import check_output, write_json
+    from minilora.files import check_output_file, write_json
     from minilora.loading import pick_device, pick_dtype
     from minilora.memory import Workload
     from minilora.memory_shared import table as shared_table
     from minilora.memory_table import as_object, describe, plan, table
     from minilora.shapes import shape_of
     if args.json:
-        check_output(args.json, args.overwrite)
+        check_output_file(args.json, args.overwrite)
     # A GPU that is not here can be planned for, but not measured.
     device = torch.device("cuda") if args.device.startswith("cuda") and not args.measure else pick_device(args.device)
     if not 0 < args.resident_mib < 2 ** 30:
@@ -222,9 +222,9 @@ def _show(args: argparse.Namespace) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     from minilora.audit import audit, format_claim
-    from minilora.files import check_output, write_json
+    from minilora.files import check_output_file, write_json
     if args.json:
-        check_output(args.json, args.overwrite)
+        check_output_file(args.json, args.overwrite)
     claims = []
     for claim in audit():
         claims.append(claim)
@@ -239,14 +239,17 @@ def _audit(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from minilora.bench import BENCHES, Settings, bench, chosen, format_row, left_out, markdown
-    from minilora.bench.scaling import draw
-    from minilora.files import check_output, write_json, write_text
+    from minilora.bench.scaling import check_figure, draw, scaling
+    from minilora.files import check_output_file, write_json, write_text
     for path in (args.json, args.table, args.figure):
         if path:
-            check_output(path, args.overwrite)
+            check_output_file(path, args.overwrite)
     settings = Settings(args.peers, args.quick)
-    if not chosen(args.only, settings):
+    calls = chosen(args.only, settings)
+    if not calls:
         raise ConfigError(f"--only: no measurement is called so; there are {', '.join(call.__name__ for call in BENCHES)}")
+    if args.figure:
+        check_figure(args.figure, scaling in calls)
     rows = []
     for row in bench(args.only, settings):
         rows.append(row)

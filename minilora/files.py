@@ -150,6 +150,22 @@ def check_output(path: str | os.PathLike[str], overwrite: bool, kind: Kind = ANY
             raise OutputError(f"{final} is or holds {read}, which is read here and would be gone; choose another output")
 
 
+def check_output_file(path: str | os.PathLike[str], overwrite: bool,
+                      reads: Iterable[str | os.PathLike[str] | None] = ()) -> None:
+    """Refuse a file that could not be written in the end, before hours of work; arguments as of `check_output`.
+
+    Raises: OutputError: as `check_output`; or it is a folder, or its own is not there or lets nobody write.
+    """
+    check_output(path, overwrite, reads=reads)
+    final, folder = Path(path), Path(path).parent
+    if final.is_dir():
+        raise OutputError(f"{final} is a folder; name a file")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {final}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {final}: the folder {folder} may not be written to; choose another output")
+
+
 def is_leftover(path: Path) -> bool:
     """Whether this is what a killed write left: its name says that it was never finished."""
     return path.name.startswith(TEMPORARY)

@@ -30,7 +30,7 @@ from minilora.data.prompts import (
 from minilora.data.table_writer import TableWriter, added_columns
 from minilora.data.tables import iter_table, read_columns, read_labels
 from minilora.errors import CheckpointError, ConfigError, DataError, OutputError
-from minilora.files import check_output
+from minilora.files import check_output_file
 from minilora.generate import generate_ids
 from minilora.hub import resolve_model
 from minilora.identity import fingerprint
@@ -174,12 +174,8 @@ def check_tables(data: str | Path, out: str | Path, input_column: str, overwrite
     """
     if overwrite and resume:
         raise ConfigError("--resume goes on and --overwrite begins anew; give one of the two")
-    check_output(out, overwrite)
     table_format(Path(out), None, OutputError)
-    if Path(out).is_dir():
-        raise OutputError(f"{out} is a folder; name a file")
-    if not Path(out).absolute().parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {Path(out).parent}; make it first")
+    check_output_file(out, overwrite, reads=(data,))
     check_unfinished(out, resume, overwrite)
     columns = added_columns(data, read_columns(data), ADDED_COLUMNS)
     next(iter_table(data, input_column))

@@ -33,11 +33,11 @@ def check(args: argparse.Namespace) -> None:
     """`minilora data check FILE`."""
     if args.out != "check":
         raise ConfigError("data takes one folder to create; data check FILE looks a table over")
-    from minilora.files import check_output, write_json
+    from minilora.files import check_output_file, write_json
     from minilora.loading import load_tokenizer
     from minilora.table_check import check_table, format_check
     if args.json:
-        check_output(args.json, args.overwrite)
+        check_output_file(args.json, args.overwrite, reads=(args.table,))
     found = check_table(args.table, args.input_column, args.label_column, load_tokenizer(args.model), args.max_length)
     print(format_check(found, args.max_length))
     if args.json:

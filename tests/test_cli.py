@@ -195,6 +195,17 @@ def test_a_bad_training_flag_ends_with_one_line(world: Path, tmp_path: Path, ref
     (["predict", "--model", "base", "--adapter", "run", "--data", "val.csv", "--out", "x.csv", "--workers", "2"], "--spark"),
     (["predict", "--model", "base", "--data", "val.csv", "--out", "x.csv", "--spark", "--workers", "0"], "--workers: must lie"),
     (["track", "run", "--mlflow", "--alias", "champion"], "add --register"),
+    (["audit", "--json", "no/claims.json"], "there is no folder no; make it first"),
+    (["audit", "--json", "run", "--overwrite"], "run is a folder; name a file"),
+    (["bench", "--json", "no/rows.json"], "there is no folder no; make it first"),
+    (["bench", "--only", "machine", "--table", "run", "--overwrite"], "run is a folder; name a file"),
+    (["bench", "--only", "machine", "--figure", "x.png"], "run it with --only scaling"),
+    (["bench", "--only", "scaling", "--figure", "x.xyz"], "a name that ends in .png"),
+    (["memory", "--model", "tiny", "--json", "no/table.json"], "there is no folder no; make it first"),
+    (["report", "run", "--out", "no/page.html"], "there is no folder no; make it first"),
+    (["data", "check", "train.csv", "--json", "train.csv", "--overwrite"], "train.csv, which is read here"),
+    (["predict", "--model", "base", "--adapter", "run", "--data", "val.csv", "--out", "val.csv", "--overwrite"],
+     "val.csv, which is read here"),
 ])
 def test_a_bad_flag_ends_with_one_line(world: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, words: list[str],
                                        says: str) -> None:

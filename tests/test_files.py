@@ -105,3 +105,16 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, read: str, monkeypatch: 
         with pytest.raises(OutputError, match=r"is or holds .*, which is read here"):
             files.check_output("out", overwrite=True, kind=files.Kind("marker"), reads=[None, "org/name", given])
     files.check_output("out", overwrite=True, kind=files.Kind("marker"), reads=[None, "org/name", "out2", tmp_path])
+
+
+def test_a_file_that_could_not_be_written_in_the_end_is_refused_first(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    files.check_output_file(tmp_path / "new", overwrite=False)
+    with pytest.raises(OutputError, match="there is no folder"):
+        files.check_output_file(tmp_path / "no" / "new", overwrite=False)
+    with pytest.raises(OutputError, match="is a folder; name a file"):
+        files.check_output_file(made(tmp_path / "folder"), overwrite=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)         # as on a disk that is read only
+    with pytest.raises(OutputError, match="may not be written to"):
+        files.check_output_file(tmp_path / "new", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

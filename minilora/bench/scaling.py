@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from minilora.bench.models import checkpoint_of
@@ -77,18 +78,28 @@ def _said(point: Point) -> int:
     return max(Peaks.of(predict(_shape(LAYERS), replace(work, **{setting: int(point.at)}))))     # type: ignore[arg-type]
 
 
+def check_figure(path: str | Path, measured: bool = True) -> None:
+    """Find what would stop `draw`, before half an hour of measurements.
+
+    Args: measured: whether there are, or will be, rows to draw.
+    Raises: ConfigError: no such rows, a name of another format, or matplotlib is not there.
+    """
+    if not measured:
+        raise ConfigError("--figure draws the rows of scaling: run it with --only scaling, or without --only and --quick")
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--figure {path}: give it a name that ends in .png (or .svg, .pdf)")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--figure needs matplotlib: pip install 'minilora[plots]'")
+
+
 def draw(rows: Sequence[Row], path: str | Path) -> None:
     """Time and memory over each setting; dashed, time in proportion to the last point, and what memory should be added.
 
-    Raises: ConfigError: no such rows, or matplotlib is not there.
+    Raises: ConfigError: as `check_figure`.
     """
     measured = points(rows)
-    if not measured:
-        raise ConfigError("--figure draws the rows of scaling: run it with --only scaling, or without --only")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ConfigError("--figure needs matplotlib: pip install 'minilora[plots]'") from None
+    check_figure(path, bool(measured))
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

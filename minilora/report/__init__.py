@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minilora.errors import OutputError
-from minilora.files import check_output, write_text
+from minilora.files import check_output_file, write_text
 from minilora.report.confusion import errors_section
 from minilora.report.facts import facts_section, heading
 from minilora.report.hardest import hardest_section
@@ -43,9 +43,7 @@ def write_report(run: str | Path, out: str | Path | None = None, evaluation: str
     if path.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{path}: the report is an HTML page; give it a name that ends in .html")
     read = read_run(folder)
-    check_output(path, overwrite)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file")
+    check_output_file(path, overwrite)
     scores, hint = (Path(evaluation), "") if evaluation is not None else find_evaluation(folder)
     if show_text and scores is None:
         raise OutputError("--show-text shows notes of an evaluation, and there is none" + (f": {hint}" if hint else
