@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from minilora.flags import (
     team_flags,
     train_flags,
 )
-from minilora.stopping import terminated_cleanly
+from minilora.stopping import reader_gone, terminated_cleanly
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -291,7 +292,8 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it."""
+    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it
+    (SIGPIPE: the output's reader has gone, as behind ``| head``)."""
     with warnings.catch_warnings(), terminated_cleanly():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
@@ -301,6 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flags = ", ".join(word.partition("=")[0] for word in unknown if word.startswith("--")) or "more than one word"
                 parser.error(f"{args.command}: no place for {flags}; put quotes around a text with spaces")
             args.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not reader_gone():
+                raise
+            return 128 + signal.SIGPIPE
         except MiniloraError as error:
             _say(" ".join(str(error).splitlines()))
             return 128 + error.signal if isinstance(error, StoppedError) else 2

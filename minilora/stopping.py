@@ -7,6 +7,7 @@ ends a command as Ctrl-C does, through the blocks that remove half-written files
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -56,6 +57,25 @@ def terminated_cleanly() -> Iterator[None]:
 
     with _handled((signal.SIGTERM,), leave):
         yield
+
+
+def reader_gone() -> bool:
+    """Whether nobody reads the standard output any more; what it still holds goes nowhere then.
+
+    Trap: the interpreter flushes it once more when it ends, and would say a second time that it can't.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):       # none, or one that is no file of the system
+        return False
+    watched = select.poll()
+    watched.register(output, 0)                         # whether it is broken is told unasked
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 @contextmanager

@@ -6,8 +6,12 @@ import csv
 import dataclasses
 import importlib
 import json
+import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +217,16 @@ def test_a_bad_flag_ends_with_one_line(world: Path, monkeypatch: pytest.MonkeyPa
     before = set(world.iterdir())
     refused(*words, says=says)
     assert set(world.iterdir()) == before
+
+
+@pytest.mark.parametrize("python", [[], ["-u"]], ids=["written at the end", "written line by line"])
+def test_a_reader_that_goes_away_ends_a_command_without_a_traceback(python: list[str]) -> None:
+    with subprocess.Popen([sys.executable, *python, "-m", "minilora", "memory", "--model", "7b"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""}) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 # Bad tables
