@@ -37,6 +37,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layer_replication",
                "exclude_modules", "lora_bias", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
                "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "megatron_config")
+MERGE_ELSEWHERE = "let PEFT merge it into its base (merge_and_unload), and name what that saves as the model"
 # Trap: these starts subtract B A from the base weights, and the adapter's file alone doesn't tell the new base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -160,16 +161,16 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
         raise CheckpointError(f"no such adapter folder: {folder}")
     raw = read_json_object(path, LARGEST_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {raw['peft_type']!r:.60} is not supported, only LORA")
+        raise CheckpointError(f"{path}: peft_type {raw['peft_type']!r:.60} is not supported, only LORA; {MERGE_ELSEWHERE}")
     for key in UNSUPPORTED:
         if not (raw.get(key) is None or raw[key] is False or raw[key] in ([], {})):     # 0 means the first layer
-            raise CheckpointError(f"{path}: {key} is set, which minilora does not support")
+            raise CheckpointError(f"{path}: {key} is set, which minilora does not support; {MERGE_ELSEWHERE}")
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise CheckpointError(f"{path}: init_lora_weights is {start!r:.40}: such an adapter belongs to a base that was changed "
                               "at its start; convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)")
     if raw.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias {raw['bias']!r:.60} is not supported, only 'none'")
+        raise CheckpointError(f"{path}: bias {raw['bias']!r:.60} is not supported, only 'none'; {MERGE_ELSEWHERE}")
     for key in ("use_rslora", "use_dora"):
         if not isinstance(raw.get(key), (bool, type(None))):        # "false" would count as true
             raise CheckpointError(f"{path}: {key} must be true or false, not {raw[key]!r:.40}")
@@ -178,7 +179,8 @@ def read_adapter_config(folder: str | Path) -> tuple[LoRAConfig, dict[str, Any]]
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     targets = raw["target_modules"]
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"{path}: target_modules must be a list of names, found {targets!r:.80}")
+        raise CheckpointError(f"{path}: target_modules must be a list of names, found {targets!r:.80}; write those that the "
+                              f"pattern fits, or {MERGE_ELSEWHERE}")
     try:
         config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(sorted(targets)),
                             bool(raw.get("use_rslora")), bool(raw.get("use_dora")))

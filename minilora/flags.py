@@ -78,7 +78,7 @@ def model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False,
     """Which model, with which adapter, where."""
     parser.add_argument("--model", required=True, help="tiny, a folder in Hugging Face's layout, or a hub id (or ID@REVISION)"
                                                        + (", or one from a registry (models:/NAME@ALIAS)" if registry else ""))
-    parser.add_argument("--adapter", required=adapter_required, help="run folder, or any PEFT adapter")
+    parser.add_argument("--adapter", required=adapter_required, help="run folder, or a LoRA, rsLoRA or DoRA of PEFT's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--pad-vocab", action="store_true", help="fill missing embedding rows with their mean")
 

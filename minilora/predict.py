@@ -98,7 +98,7 @@ class Predictor:
 
         Args:
             model: name of the base; a fully tuned or merged model is one that brings its labels and its prompt along.
-            adapter: run folder, or any PEFT adapter; None for the model alone.
+            adapter: run folder, or PEFT's as `read_adapter_config` takes it; None for the model alone.
             labels: file of labels; default the run folder's labels.txt. free: ignore labels and write freely.
             template, max_length: default those of the run. quantize: "auto" stores the base as in training.
             pad_vocab, cache: as in `load_model`. quiet: show no bars of a download.

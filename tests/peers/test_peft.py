@@ -129,6 +129,17 @@ def test_what_is_another_function_of_the_weights_is_refused(base: Path, tmp_path
         load_adapter(load_model(base, quantize=None, dtype=torch.float32), tmp_path)
 
 
+@pytest.mark.parametrize("options", [{"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["lm_head"]},
+                                     {"target_modules": r".*layers\.1\..*_proj"}, {"exclude_modules": r".*layers\.0.*"}])
+def test_what_a_refusal_says_to_do_gives_the_adapters_model(base: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    other = by_peft(base, tmp_path / "adapter", **{"target_modules": ["q_proj", "up_proj"], **options}).eval()
+    with pytest.raises(CheckpointError, match=r"let PEFT merge it into its base \(merge_and_unload\)"):
+        load_adapter(load_model(base, quantize=None, dtype=torch.float32), tmp_path / "adapter")
+    expected = other(IDS).logits
+    other.merge_and_unload().save_pretrained(tmp_path / "merged")
+    close(load_model(tmp_path / "merged", quantize=None, dtype=torch.float32)(IDS), expected)
+
+
 def test_an_adapter_on_the_head_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     by_peft(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
     other = load_model(write_model(tmp_path / "other", seed=1), quantize=None, dtype=torch.float32)
