@@ -255,4 +255,4 @@ def _as_json(value: Any, depth: int = 1) -> str:
                                 for key, item in value.items()]) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join([_as_json(item, depth + 1) for item in value]) + "]"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return "null" if value != value else json.dumps(value, ensure_ascii=False, default=str)      # JSON has no NaN

@@ -209,6 +209,13 @@ def test_numbers_within_lists_and_objects_are_numbers_as_they_were_written(tmp_p
     assert read_table(path, "note", "label").rows[0].values["more"] == cell
 
 
+def test_nan_inside_a_parquet_list_is_null_in_its_json(tmp_path: Path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "notes.parquet"
+    parquet.write_table(pyarrow.table({"note": ["a"], "x": [[0.5, float("nan"), None]], "y": [{"k": [1]}]}), path)
+    assert read_table(path, "note").rows[0].values == {"note": "a", "x": "[0.5, null, null]", "y": '{"k": [1]}'}
+
+
 def test_format_overrides_the_suffix(tmp_path: Path):
     path = tmp_path / "export.txt"
     path.write_text(GOOD)
