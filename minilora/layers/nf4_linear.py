@@ -173,6 +173,9 @@ class NF4Linear(nn.Module):
             return 0
         return float(self.nested_offset) if self.nested_offset.is_inference() else self.nested_offset._version
 
+    def __getstate__(self) -> dict[str, Any]:       # a copy's offset counts its own writes, and may come to the same number
+        return {**self.__dict__, "_made": None}
+
     def share_out(self) -> None:
         """Make the codes and constants parameters, frozen ones: the kind of tensor that FSDP deals out over processes."""
         for name in self.SHARED:

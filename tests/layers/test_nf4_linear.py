@@ -5,6 +5,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -122,6 +123,19 @@ def test_the_weight_is_made_once_until_a_part_of_it_changes(linear: nn.Linear) -
     copied = copy.deepcopy(layer)
     copied.packed.zero_()
     assert copied.quantized.packed is copied.packed and layer.quantized.packed is layer.packed
+
+
+@pytest.mark.parametrize("writes", range(4))
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_that_is_loaded_has_the_offset_that_it_loaded(how: Callable[[NF4Linear], NF4Linear], writes: int) -> None:
+    layer, other, x = NF4Linear.from_linear(nn.Linear(96, 40)), NF4Linear.from_linear(nn.Linear(96, 40)), torch.ones(2, 96)
+    other.nested_offset.add_(1)
+    for _ in range(writes):
+        layer.load_state_dict(layer.state_dict())
+    layer(x)
+    copied = how(layer)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied(x), other(x))
 
 
 def test_it_trains_nothing_of_its_own(linear: nn.Linear) -> None:
