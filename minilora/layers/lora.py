@@ -186,8 +186,9 @@ class LoRALinear(nn.Module):
     def _add_to(self, device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The base's ``add_to``, if it has one and nothing comes between base and update."""
         between = not self.active or self.lora_magnitude_vector is not None or (self.training and self.dropout)
-        # Under autocast the types are torch's to choose.
-        if between or torch.is_autocast_enabled(device) or not getattr(self.base_layer, "adds_in_place", False):
+        # Under autocast the types are torch's to choose; what torch.compile makes of the update can't be added to.
+        if (between or torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
+                or not getattr(self.base_layer, "adds_in_place", False)):
             return None
         add_to: Callable[[Tensor, Tensor], Tensor] = self.base_layer.add_to     # type: ignore[assignment]
         return add_to

@@ -23,9 +23,10 @@ _local = threading.local()
 def borrow(shape: torch.Size, dtype: torch.dtype, device: torch.device, use: str = "weight") -> Tensor:
     """A contiguous tensor with arbitrary content, valid until the thread's next call for the same use.
 
-    Off the CPU it is a new tensor: there torch keeps freed memory itself, and knows which stream still reads it.
+    Off the CPU it is a new tensor: there torch keeps freed memory itself, and knows which stream still reads it.  So it is in
+    what `torch.compile` traces, which makes views of the buffer anew, and not always of the shape that was asked for.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=device)
     size = prod(shape) * dtype.itemsize
     held = vars(_local).get(use)
