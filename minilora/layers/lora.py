@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from minilora.errors import ConfigError
 from minilora.layers.low_rank import LowRankUpdate, few_rows_update, plain_update
@@ -83,6 +84,12 @@ def dense_weight(linear: nn.Module) -> Tensor:
     rebuild = getattr(linear, "dense_weight", None)
     weight: Tensor = getattr(linear, "weight") if rebuild is None else rebuild()    # noqa: B009
     return weight
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says, which `add_to` would pass by."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+                or "forward" in vars(module) or _has_any_global_hook())
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -188,7 +195,7 @@ class LoRALinear(nn.Module):
         between = not self.active or self.lora_magnitude_vector is not None or (self.training and self.dropout)
         # Under autocast the types are torch's to choose; what torch.compile makes of the update can't be added to.
         if (between or torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
-                or not getattr(self.base_layer, "adds_in_place", False)):
+                or _is_hooked(self.base_layer) or not getattr(self.base_layer, "adds_in_place", False)):
             return None
         add_to: Callable[[Tensor, Tensor], Tensor] = self.base_layer.add_to     # type: ignore[assignment]
         return add_to

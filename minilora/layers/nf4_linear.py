@@ -43,7 +43,7 @@ def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool
     """
     bias = None if bias is None else bias.to(x.dtype)
     # Under autocast the types are torch's to choose; of an x that doesn't fit torch says so.
-    if (prod(weight.shape) >= FUSED_WEIGHTS and x.shape[-1] == weight.shape[0 if transposed else 1] and x.numel()
+    if (prod(weight.shape) >= FUSED_WEIGHTS and x.dim() and x.shape[-1] == weight.shape[0 if transposed else 1] and x.numel()
             and weight.device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(weight.device.type)):
         y = weight.fused_product(x.reshape(-1, x.shape[-1]), bias, transposed)
         if y is not None:
@@ -196,8 +196,8 @@ class NF4Linear(nn.Module):
 
     @property
     def adds_in_place(self) -> bool:
-        """Whether `add_to` pays."""
-        return self.in_features * self.out_features >= FUSED_WEIGHTS
+        """Whether `add_to` pays, and is what a call would compute."""
+        return self.in_features * self.out_features >= FUSED_WEIGHTS and type(self).forward is NF4Linear.forward
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """``y += x Ŵᵀ + b``: (..., out) and (..., in) -> y, in the type of both."""

@@ -148,3 +148,32 @@ def test_few_rows_have_the_update_in_vector_code_whether_trained_or_frozen(rows:
         assert few_rows_update(x, a, b, 0.5) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert few_rows_update(x, a, b, 0.5) is None
+
+
+@pytest.mark.parametrize("kind", ["before", "behind", "backward", "before backward", "global", "instance", "subclass"])
+@pytest.mark.parametrize("columns", [64, 1024])
+def test_what_a_base_does_beside_its_product_is_done_whatever_its_size(columns: int, kind: str,
+                                                                       request: pytest.FixtureRequest) -> None:
+    base, seen = NF4Linear.from_linear(nn.Linear(columns, FUSED_WEIGHTS // 1024)), []
+    layer, plain = LoRALinear(base, 4), base.forward
+
+    def note(*_: object) -> None:
+        seen.append(kind)
+
+    def noted(x: Tensor) -> Tensor:
+        note()
+        return plain(x)
+
+    if kind == "global":
+        request.addfinalizer(nn.modules.module.register_module_forward_hook(
+            lambda module, *_: note() if module is base else None).remove)
+    elif kind == "instance":
+        base.forward = noted                                                # type: ignore[method-assign]
+    elif kind == "subclass":
+        base.__class__ = type("Noted", (NF4Linear,), {"forward": lambda _, x: noted(x)})
+    else:
+        register = {"before": base.register_forward_pre_hook, "behind": base.register_forward_hook,
+                    "backward": base.register_full_backward_hook, "before backward": base.register_full_backward_pre_hook}
+        register[kind](note)
+    layer(torch.ones(3, columns, requires_grad=True)).sum().backward()
+    assert seen == [kind]

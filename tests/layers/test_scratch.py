@@ -105,5 +105,7 @@ def test_an_x_that_does_not_fit_is_refused_by_torch_and_never_reaches_the_kernel
     for x in (torch.randn(2, 512), torch.randn(1, 2048), torch.randn(1024, 1)):
         with pytest.raises(RuntimeError, match="shape"):
             layer(x)
+    with pytest.raises(RuntimeError, match="1D"):
+        layer(torch.tensor(1.0))
     assert layer(torch.randn(1024)).shape == (1024,) and layer(torch.randn(0, 1024)).shape == (0, 1024)
     assert layer(torch.randn(2, 3, 1024)).shape == (2, 3, 1024)
