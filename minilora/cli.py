@@ -246,8 +246,7 @@ def _bench(args: argparse.Namespace) -> None:
         if path:
             check_output_file(path, args.overwrite)
     settings = Settings(args.peers, args.quick)
-    calls = chosen(args.only, settings)
-    if not calls:
+    if not (calls := chosen(args.only, settings)):
         raise ConfigError(f"--only: no measurement is called so; there are {', '.join(call.__name__ for call in BENCHES)}")
     if args.figure:
         check_figure(args.figure, scaling in calls)
@@ -292,8 +291,7 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it
-    (SIGPIPE: the output's reader has gone, as behind ``| head``)."""
+    """Run the command line; returns the exit code: 0, 2 for a `MiniloraError` or bad flags, 128 + n if signal n stopped it."""
     with warnings.catch_warnings(), terminated_cleanly():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
@@ -307,13 +305,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             if not reader_gone():
                 raise
-            return 128 + signal.SIGPIPE
+            return 128 + signal.SIGPIPE         # as behind ``| head``
         except MiniloraError as error:
             _say(" ".join(str(error).splitlines()))
             return 128 + error.signal if isinstance(error, StoppedError) else 2
         except (MemoryError, RuntimeError) as error:
-            reason = memory_reason(error)
-            if reason is None:
+            if (reason := memory_reason(error)) is None:
                 raise
             _say(f"out of memory ({reason}); `minilora memory` says what a run takes")
             return 2

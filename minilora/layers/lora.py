@@ -86,8 +86,8 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return weight
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its class says, which `add_to` would pass by."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more, or something else, than its class says: what goes by its parts would pass that by."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
                 or "forward" in vars(module) or _has_any_global_hook())
 
@@ -195,7 +195,7 @@ class LoRALinear(nn.Module):
         between = not self.active or self.lora_magnitude_vector is not None or (self.training and self.dropout)
         # Under autocast the types are torch's to choose; what torch.compile makes of the update can't be added to.
         if (between or torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
-                or _is_hooked(self.base_layer) or not getattr(self.base_layer, "adds_in_place", False)):
+                or is_hooked(self.base_layer) or not getattr(self.base_layer, "adds_in_place", False)):
             return None
         add_to: Callable[[Tensor, Tensor], Tensor] = self.base_layer.add_to     # type: ignore[assignment]
         return add_to

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from minilora.kernels import block, cpu
 from minilora.kernels.block_token import Block, Linear, TokenStep
-from minilora.layers.lora import LoRALinear
+from minilora.layers.lora import LoRALinear, is_hooked
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.cache import KVCache
 from minilora.llama.model import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, RMSNorm
@@ -33,7 +32,7 @@ def token_step(model: LlamaForCausalLM, cache: KVCache) -> TokenStep | None:
     batch, head_dim = cache.keys.shape[1], cache.keys.shape[-1]
     if (kernel is None or products is None or model.dtype != torch.bfloat16 or model.device.type != "cpu"
             or head_dim not in block.HEAD_DIMS or batch > products.fused_rows.get(model.dtype, 0) or not cache.keys.numel()
-            or _has_any_global_hook() or any(_is_changed(module) for module in layers.modules())):
+            or any(is_hooked(module) for module in layers.modules())):
         return None
     made = [_block(layer) for layer in layers]
     blocks = [each for each in made if each is not None]
@@ -42,11 +41,6 @@ def token_step(model: LlamaForCausalLM, cache: KVCache) -> TokenStep | None:
         return None
     return TokenStep(kernel, products, blocks, cache.keys, cache.values, model.config.num_attention_heads,
                      model.config.rms_norm_eps)
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether calling it does more, or something else, than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _block(layer: nn.Module) -> Block | None:
