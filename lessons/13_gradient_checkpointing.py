@@ -53,7 +53,7 @@ def kept_bytes(model):
 
 # %% [markdown]
 # The idea (arXiv 1604.06174): of each block keep only what went *in*. When the backward comes to the block, run it again,
-# and use what that makes.
+# and use what that makes. (Here each half of a block, attention and MLP, is run again by itself, so both inputs are kept.)
 #
 # **Predict.** Eight blocks. By what factor does the memory shrink that is kept between forward and backward?
 
@@ -125,7 +125,7 @@ for depth in depths:
         values.append(kept_bytes(deeper) / 1e6)
 with picture("13_checkpointing", width=6, height=3.2) as axes:
     axes.plot(depths, curves[False], "o-", color=RED, label="everything kept")
-    axes.plot(depths, curves[True], "o-", color=BLUE, label="checkpointing: inputs of blocks")
+    axes.plot(depths, curves[True], "o-", color=BLUE, label="checkpointing: inputs of the halves of blocks")
     axes.set(xlabel="blocks", ylabel="MB", title="kept between forward and backward, 4 notes of 200 tokens", ylim=(0, None))
     axes.legend()
 
