@@ -26,6 +26,7 @@ from minilora.errors import ConfigError, OutputError, StoppedError  # noqa: E402
 from minilora.integrations import tracking  # noqa: E402
 from minilora.integrations.serving import DIGEST_TAG, EXAMPLE, register  # noqa: E402
 from minilora.integrations.tracking import STATE_FILE, Store, follow, read_state, sync, track, track_scores  # noqa: E402
+from minilora.predict import ADDED_COLUMNS  # noqa: E402
 from tests.notes import LABELS, SECRET, notes, write_csv  # noqa: E402
 from tests.runs import metrics_lines, write_run  # noqa: E402
 
@@ -150,7 +151,7 @@ LOADED = """
 import json, mlflow, pandas, sys
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/protocols@champion")
-print(json.dumps(model.predict(pandas.DataFrame({"note": [sys.argv[2], ""], "other": [1, 2]})).to_dict("list")))
+print(json.dumps(model.predict(pandas.DataFrame({"note": [sys.argv[2], "", None], "other": [1, 2, 3]})).to_dict("list")))
 """
 
 
@@ -168,7 +169,10 @@ def test_a_model_is_trained_registered_and_loaded_in_a_fresh_process(tmp_path: P
     done = subprocess.run([sys.executable, "-c", LOADED, uri, EXAMPLE], capture_output=True, text=True, env=ELSEWHERE)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads(done.stdout)
-    assert answers["prediction"][0] in LABELS and 0 < answers["probability"][0] <= 1 and answers["error"][1] == "empty note"
+    assert answers["prediction"][0] in LABELS and 0 < answers["probability"][0] <= 1
+    assert answers["error"][1:] == ["empty note", "empty note"], "what is missing is no note that says nan"
+    assert list(answers) == list(ADDED_COLUMNS), "the columns that predict adds to a table"
+    assert 0 < answers["runner_up_probability"][0] <= answers["probability"][0]
     assert register(tmp_path / "run", Store(uri), "protocols") == 2
     model = ["predict", "--mlflow", uri, "--data", str(data), "--quiet", "--model"]
     for number, reference in enumerate(("models:/protocols@champion", "models:/protocols/2", "tiny")):

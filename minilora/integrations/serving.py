@@ -6,7 +6,7 @@ gigabytes that the hub has.  Loading it elsewhere, the base can be named anew:
     mlflow.pyfunc.load_model("models:/protocols@champion", model_config={"model": "/models/meditron-7b"})
 
     in     note (string)
-    out    prediction (string), probability (double), runner_up (string), error (string)
+    out    prediction, probability, error, runner_up, runner_up_probability: the columns that `predict` adds to a table
 
 minilora has to be installed where it is loaded; no code is in the model but `served_model.py`, which names this class.
 
@@ -34,7 +34,7 @@ from minilora.config import read_toml
 from minilora.errors import ConfigError
 from minilora.integrations.tracking import Store, or_one_line, read_state, track
 from minilora.own_base import FOLDER as OWN_BASE
-from minilora.predict import Predictor
+from minilora.predict import ADDED_COLUMNS, Predictor
 from minilora.runs import CONFIG_FILE
 
 CODE = Path(__file__).with_name("served_model.py")
@@ -46,10 +46,10 @@ REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<versio
 DIGEST_TAG = "files_sha256"
 FULLY_TUNED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 EXAMPLE = "History: fall from a ladder. Diagnosis: concern for fracture of the wrist."        # of nobody
+NUMBERS = ("probability", "runner_up_probability")        # of the columns that come out; the others are strings
 SIGNATURE = ModelSignature(
     Schema([ColSpec("string", "note")]),
-    Schema([ColSpec("string", "prediction"), ColSpec("double", "probability", required=False),
-            ColSpec("string", "runner_up", required=False), ColSpec("string", "error", required=False)]))
+    Schema([ColSpec("double" if name in NUMBERS else "string", name, required=name == "prediction") for name in ADDED_COLUMNS]))
 
 
 class NoteLabeller(mlflow.pyfunc.PythonModel):
@@ -69,14 +69,12 @@ class NoteLabeller(mlflow.pyfunc.PythonModel):
                                         dtype=settings.get("dtype", "auto"), quiet=True)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: "dict[str, Any] | None" = None) -> pd.DataFrame:
-        """(n,) notes -> (n,) prediction, probability, runner_up, error; an empty note has an error and no prediction."""
-        notes = ["" if note is None else str(note) for note in model_input["note"].tolist()]
+        """(n,) notes -> (n,) rows of `ADDED_COLUMNS`; an empty note, or none, has an error and no prediction."""
+        # Trap: what is missing in a column of text is None in one version of pandas, NaN or NA in another.
+        notes = ["" if pd.isna(note) else str(note) for note in model_input["note"].tolist()]
         answers = self.predictor.predict(notes)
-        return pd.DataFrame({"prediction": [answer.label for answer in answers],
-                             "probability": [answer.probability for answer in answers],
-                             "runner_up": [answer.runner_up for answer in answers],
-                             "error": [answer.error for answer in answers]}, index=model_input.index).astype(
-                                 {"probability": "float64"})
+        return pd.DataFrame({name: [getattr(answer, "label" if name == "prediction" else name) for answer in answers]
+                             for name in ADDED_COLUMNS}, index=model_input.index).astype(dict.fromkeys(NUMBERS, "float64"))
 
 
 @contextmanager
