@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from minilora.compare import read_rows  # noqa: E402
 from minilora.data.tables import read_columns  # noqa: E402
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError  # noqa: E402
 from minilora.integrations.spark import Labelling, local_session, predict, predict_files  # noqa: E402
+from minilora.predict import ADDED_COLUMNS  # noqa: E402
 from tests.notes import SECRET, notes, write_csv  # noqa: E402
 
 LABELS = ["CT Brain", "MR Knee, left", "CT Abdomen W Contrast"]
@@ -89,6 +91,53 @@ def test_free_answers_have_the_same_columns_and_types_as_of_one_process(tmp_path
     assert [row["error"] for row in found] == ["", "", "empty note"] and {row["runner_up_probability"] for row in found} == {""}
 
 
+NOTE = "headache after a fall"
+ODD_TABLES: dict[str, str | dict[str, list[Any]]] = {           # by file: text, or Parquet's columns
+    "padded.csv": f"note, id\n  {NOTE}  , 7 \n{NOTE},007\n",
+    "names.csv": f"note,_row,Note,Prediction,a.b,c`d\n{NOTE},1,2,3,4,5\n",
+    "numbers.jsonl": f'{{"note": 12, "b": 2.50, "a": 12345678901234567890}}\n{{"note": "{NOTE}", "a": null, "c": "x"}}\n',
+    "ids.parquet": {"note": [NOTE, NOTE, None], "id": [1234567890123456789, None, 2], "a.b": [True, None, False]},
+    "whole.parquet": {"note": [12, 34]}, "halves.parquet": {"note": [1.5, None]},
+    "comma.csv": f"note,id\n{NOTE}, left,1\n{NOTE},2\n", "short.csv": f"note,id\n{NOTE}\n",
+    "broken.jsonl": f'{{"note": "{NOTE}"}}\n{{"note": "{NOTE}",\n', "truth.parquet": {"note": [True, False]},
+}
+
+
+def test_odd_tables_come_out_as_of_one_process_and_broken_ones_are_refused_by_the_same_line(
+        tmp_path: Path, how: Labelling, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    spark, written = local_session(1), {}
+    for name, table in ODD_TABLES.items():
+        if isinstance(table, str):
+            (tmp_path / name).write_text(table)
+        else:
+            parquet.write_table(pyarrow.table(table), tmp_path / name)
+        written[name] = tmp_path / name
+    (tmp_path / "latin.csv").write_bytes("note\nKöpfschmerz\n".encode("latin-1"))
+    written["latin.csv"] = tmp_path / "latin.csv"
+
+    @contextmanager
+    def kept(workers: int | None = None) -> Iterator[tuple[Any, int, int]]:
+        yield spark, 1, 1
+
+    def ran(data: Path, *more: str) -> tuple[int, Any]:
+        out = tmp_path / f"{'spark' if more else 'one'}-{data.name}"
+        code = main(["predict", "--model", "tiny", "--labels", str(how.labels), "--dtype", "float32", "--data", str(data),
+                     "--input-column", "note", "--out", str(out), "--quiet", *more])
+        said = capsys.readouterr().err
+        return code, [{**row, "probability": "", "runner_up_probability": ""} for row in read_rows(out)] if code == 0 else said
+
+    monkeypatch.setattr("minilora.integrations.spark.session", kept)
+    try:
+        for name, path in written.items():
+            assert ran(path) == ran(path, "--spark"), name
+    finally:
+        spark.stop()
+    assert read_columns(tmp_path / "spark-numbers.jsonl") == ["note", "b", "a", "c", *ADDED_COLUMNS]
+    for name in ("comma.csv", "short.csv", "broken.jsonl", "truth.parquet", "latin.csv"):
+        assert not (tmp_path / f"spark-{name}").exists(), name
+
+
 def test_a_task_that_fails_is_tried_again(tmp_path: Path, how: Labelling) -> None:
     spark, failed = local_session(2), tmp_path / "failed"
 
@@ -113,6 +162,11 @@ def test_what_cannot_be_labelled_is_said_in_one_line_without_a_note(tmp_path: Pa
     data = write_csv(tmp_path / "notes.csv", notes(4))
     with pytest.raises(DataError, match="has no column 'text'"):
         predict_files(data, tmp_path / "a.csv", Labelling("tiny", labels=how.labels, input_column="text"))
+    headless = tmp_path / "headless.csv"
+    headless.write_text("".join(f"{SECRET} of a ladder and hit the head on the way down,{number}\n" for number in range(2)))
+    with pytest.raises(DataError, match="has no column 'input'") as refused:
+        predict_files(headless, tmp_path / "a.csv", how)
+    assert SECRET not in str(refused.value)
     assert main(["predict", "--model", "tiny", "--labels", str(tmp_path / "none.txt"), "--data", str(data), "--out",
                  str(tmp_path / "b.csv"), "--spark", "--workers", "1"]) == 2
     line, = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]

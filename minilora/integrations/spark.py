@@ -1,11 +1,12 @@
 """PySpark: notes labelled where they lie, by as many Python workers as there are.
 
-    df (…, note)  --mapInPandas-->  df (…, note, prediction, probability, error, runner_up, runner_up_probability)
+    df (…, note)  --mapInArrow-->  df (…, note, prediction, probability, error, runner_up, runner_up_probability)
 
 Rows travel as Arrow batches; a worker loads the model at its first batch and keeps it, as Spark keeps the worker.  `predict`
 leaves rows in the partition they were in, and in its order; `predict_files` deals them out by their number, and its files, one
 behind the other, have the table's order.  An answer does not hang on the rows beside it, but for the rounding of its compute
-type, so it is the single process's, whatever the partitions (tests/test_spark.py).
+type, so it is the single process's, whatever the partitions (tests/test_spark.py).  The table's own columns pass by untouched,
+and a note of another type becomes the text that `predict_table` makes of it.
 
 The base should be a 4-bit folder (`minilora quantize`), or each worker quantizes it anew.  Workers of one machine divide its
 cores: each gets `threads` of torch's.
@@ -16,9 +17,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,20 +31,24 @@ import torch
 from tqdm import tqdm
 
 from minilora.audit_log import Tally
-from minilora.data.formats import table_format
+from minilora.data.formats import NAME_LIMIT, cell_text, records, shown, table_format
 from minilora.data.table_writer import added_columns
+from minilora.data.tables import iter_table
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
 from minilora.files import Kind, check_output, new_folder
 from minilora.predict import ADDED_COLUMNS, Predictor
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 NUMBERS = ("probability", "runner_up_probability")        # of the added columns; the others are strings
 BATCH_ROWS = 512            # of a worker at a time: sorted by length among themselves
 SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and options of each kind of table, in Spark
-    "csv": ("csv", {"header": True, "multiLine": True, "escape": '"'}), "jsonl": ("json", {"ignoreNullFields": False}),
+    # Trap: by default Spark trims the cells that it writes, guesses types (an id 007 is 7), and fills up or cuts broken rows.
+    "csv": ("csv", {"header": True, "multiLine": True, "escape": '"', "mode": "FAILFAST",
+                    "ignoreLeadingWhiteSpace": False, "ignoreTrailingWhiteSpace": False}),
+    "jsonl": ("json", {"ignoreNullFields": False, "primitivesAsString": True, "mode": "FAILFAST"}),
     "parquet": ("parquet", {})}
 TRIES = 4                   # of a task, as on a cluster
 GROUP = "minilora-predict"                  # of jobs, by which their progress is found
@@ -86,19 +91,21 @@ def _predictor(how: Labelling) -> Predictor:
                           how.device, how.dtype, how.max_length, how.pad_vocab, quiet=True)
 
 
-def _labelled(batches: Iterator[pd.DataFrame], how: Labelling) -> Iterator[pd.DataFrame]:
-    """What runs in a worker.  Errors come out without their cause: it could hold a note, and Spark writes it into its logs."""
+def _labelled(batches: Iterator[pa.RecordBatch], how: Labelling, at: int) -> Iterator[pa.RecordBatch]:
+    """What runs in a worker; notes stand in column `at`.
+
+    Errors come out without their cause: it could hold a note, and Spark writes it into its logs.
+    """
+    import pyarrow as pa
+
     for batch in batches:
         try:
-            notes = [note if isinstance(note, str) else "" for note in batch[how.input_column].tolist()]    # None comes as NaN
-            answers = _predictor(how).predict(notes)
+            answers = _predictor(how).predict([cell_text(note) for note in batch.column(at).to_pylist()])
         except MiniloraError as error:
             raise RuntimeError(str(error)) from None
-        yield batch.assign(prediction=[answer.label for answer in answers],
-                           probability=[answer.probability for answer in answers],
-                           error=[answer.error for answer in answers],
-                           runner_up=[answer.runner_up for answer in answers],
-                           runner_up_probability=[answer.runner_up_probability for answer in answers])
+        added = [pa.array([getattr(answer, "label" if name == "prediction" else name) for answer in answers],
+                          pa.float64() if name in NUMBERS else pa.string()) for name in ADDED_COLUMNS]
+        yield pa.RecordBatch.from_arrays([*batch.columns, *added], names=[*batch.schema.names, *ADDED_COLUMNS])
 
 
 def predict(df: DataFrame, how: Labelling) -> DataFrame:
@@ -106,17 +113,33 @@ def predict(df: DataFrame, how: Labelling) -> DataFrame:
 
     Returns: the frame's columns, then `ADDED_COLUMNS` as `predict_table` has them: prediction, error and runner_up (string),
         probability and runner_up_probability (double).
-    Raises: DataError: no such column, or one of these names is taken.
+    Raises: DataError: no such column, one that holds neither text nor numbers, or one of these names is taken.
     """
-    from pyspark.sql.types import DoubleType, StringType, StructField, StructType
+    from pyspark.sql.types import DoubleType, NumericType, StringType, StructField, StructType
 
-    warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
-    if how.input_column not in df.columns:
-        raise DataError(f"the data frame has no column {how.input_column!r}; it has {', '.join(df.columns)}")
-    added_columns("the data frame", list(df.columns), ADDED_COLUMNS)
-    schema = StructType([*df.schema.fields, *(StructField(name, DoubleType() if name in NUMBERS else StringType())
-                                              for name in ADDED_COLUMNS)])
-    return df.mapInPandas(lambda batches: _labelled(batches, how), schema)
+    names = list(df.columns)
+    if how.input_column not in names:
+        raise _no_column("the data frame", how.input_column, names)
+    at = names.index(how.input_column)
+    if not isinstance(df.schema.fields[at].dataType, (StringType, NumericType)):
+        raise DataError(f"column {how.input_column!r} holds {df.schema.fields[at].dataType.simpleString()[:NAME_LIMIT]} and no "
+                        "text; write notes as text")
+    exact = df.sparkSession.conf.get("spark.sql.caseSensitive", "false") == "true"
+    added_columns("the data frame", names if exact else [*names, *map(str.lower, names)], ADDED_COLUMNS)
+    plain = _plain(df)
+    schema = StructType([*plain.schema.fields, *(StructField(name, DoubleType() if name in NUMBERS else StringType())
+                                                 for name in ADDED_COLUMNS)])
+    return plain.mapInArrow(lambda batches: _labelled(batches, how, at), schema).toDF(*names, *ADDED_COLUMNS)
+
+
+def _no_column(where: str, column: str, names: list[str]) -> DataError:
+    # Trap: where the header line is missing, the names are the cells of a patient.
+    return DataError(f"{where} has no column {column!r}; it has {', '.join(map(shown, names[:20]))}")
+
+
+def _plain(df: DataFrame) -> DataFrame:
+    """The same under names that Spark takes for names alone: by it "a.b" is a field b of a, and a backtick a quote."""
+    return df.toDF(*(f"column{number}" for number in range(len(df.columns))))
 
 
 def local_session(workers: int | None = None) -> SparkSession:
@@ -136,6 +159,7 @@ def local_session(workers: int | None = None) -> SparkSession:
         made = (SparkSession.builder.master(f"local[{count},{TRIES}]").appName("minilora")
                 .config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
                 .config("spark.sql.execution.arrow.maxRecordsPerBatch", BATCH_ROWS)
+                .config("spark.sql.caseSensitive", "true")          # a column Note beside note, as for `predict_table`
                 .config("spark.hadoop.fs.permissions.umask-mode", "077").getOrCreate())
     except Exception as error:          # PySpark's own, and py4j's, of which most say that no Java answered
         if "JAVA" in str(error).upper():
@@ -211,6 +235,26 @@ def _place(out: str | Path, overwrite: bool) -> Iterator[tuple[str, str]]:
         yield str(temporary), "overwrite"
 
 
+def _columns(path: Path, kind: str, input_column: str) -> list[str] | None:
+    """The columns of a table, in order, after the checks of `predict_table`; None of Parquet, or if it isn't on this machine.
+
+    Text is read through once by the package's own reader, which takes no time beside labelling it.  Spark's is lenient: it
+    ends a note at a comma without quotes, and puts a sign for what is no UTF-8.
+
+    Raises: DataError: with file and row, as `iter_table`.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.glob("part-*"))):
+        return None
+    first = list(next(records(path, kind))[1])
+    if input_column not in first:
+        raise _no_column(str(path), input_column, first)
+    rows = iter_table(path, input_column)
+    if kind == "parquet":
+        next(rows)
+        return None
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
 def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: int | None = None, overwrite: bool = False,
                   tally: Tally | None = None, quiet: bool = True) -> int:
     """Label a table with Spark, on this machine or on the cluster that this runs on.
@@ -230,15 +274,22 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
         tally.rows_read = tally.rows_predicted = tally.rows_in_error = None
     check_output(out, overwrite, KIND, reads=(data, how.model, how.adapter, how.labels, how.template))
     written, how_written = SPARKS[table_format(Path(out), None, OutputError)]
+    source = table_format(Path(data), None)
+    names = _columns(Path(data), source, how.input_column)
     with session(workers) as (spark, at_once, threads):
         from pyspark.sql.functions import count, lit, monotonically_increasing_id
+        from pyspark.sql.types import StringType, StructField, StructType
 
         try:
-            kind, options = SPARKS[table_format(Path(data), None)]
-            table: Any = spark.read.format(kind).options(**options).load(str(data))
+            kind, options = SPARKS[source]
+            reader: Any = spark.read.format(kind).options(**options)
+            if source == "jsonl" and names:         # or they come by the alphabet, and an object gets the keys of all others
+                reader = reader.schema(StructType([StructField(name, StringType()) for name in names]))
+            table: Any = reader.load(str(data))
+            names = names or list(table.columns)
             tasks, row = max(at_once, math.ceil(table.count() / ROWS_A_TASK)), "_row"
-            numbered = table.withColumn(row, monotonically_increasing_id())
-            dealt = numbered.repartitionByRange(tasks, row).sortWithinPartitions(row).drop(row)
+            numbered = _plain(table).withColumn(row, monotonically_increasing_id())
+            dealt = numbered.repartitionByRange(tasks, row).sortWithinPartitions(row).drop(row).toDF(*names)
             labelled = predict(dealt, how if how.threads else replace(how, threads=threads))
             with _place(out, overwrite) as (place, mode), _progress(spark, tasks, quiet):
                 labelled.write.format(written).options(**how_written).mode(mode).save(place)
@@ -248,7 +299,9 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
         except MiniloraError:
             raise
         except Exception as error:      # Spark's text is a page of Java; its first line that is ours says what was wrong
-            said = next((line.strip() for line in str(error).splitlines() if "RuntimeError:" in line), type(error).__name__)
+            condition = re.match(r"\[([A-Z_.]+)\]", str(error))        # what follows it may quote a row
+            said = next((line.strip() for line in str(error).splitlines() if "RuntimeError:" in line),
+                        type(error).__name__ + (f" {condition[1]}" if condition else ""))
             raise MiniloraError(f"Spark stopped: {said.partition('RuntimeError:')[2].strip() or said}") from None
     if tally is not None:
         tally.rows_read, tally.rows_predicted, tally.rows_in_error = rows, rows - errors, errors
