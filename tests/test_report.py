@@ -184,6 +184,22 @@ def test_labels_are_text_whatever_they_hold(tmp_path: Path) -> None:
 # What it finds
 
 
+def test_a_label_that_turns_the_direction_of_writing_turns_nothing_but_itself(tmp_path: Path) -> None:
+    page = report(KINDS["strange labels"](tmp_path / "run"), show_text=True)
+    isolating, found = {"td", "th", "dd", "text", "blockquote", "bdi", "title"}, []
+
+    def walk(element: ElementTree.Element, inside: frozenset[str]) -> None:
+        within = inside | {element.tag.rpartition("}")[2]}
+        found.extend((text, bool(where & isolating)) for text, where in [
+            (element.text, within), *((child.tail, within) for child in element)] if text and "\u202e" in text)
+        for child in element:
+            walk(child, within)
+
+    walk(parse(page), frozenset())
+    assert len(found) > 3 and [text for text, isolated in found if not isolated] == []
+    assert re.search(r"\np \{[^}]*overflow-wrap: anywhere", page.read_text(encoding="utf-8")), "a long word widens no page"
+
+
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     said = words(report(KINDS["killed"](tmp_path / "run")))
     assert "Unfinished: 30 of at most 500 steps" in said and "No evaluation yet." in said and "minilora evaluate" not in said

@@ -203,3 +203,7 @@ def test_figures_are_said_as_people_say_them(said: str, text: str) -> None:
 
 def test_letters_of_east_asia_are_wide() -> None:
     assert text_width("疼痛", 10) == 20 and text_width("ab", 10) == 12
+
+
+def test_labels_in_capitals_get_the_room_they_take() -> None:
+    assert text_width("CT ABDOMEN", 10) > 1.15 * text_width("ct abdomen", 10)

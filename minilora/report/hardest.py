@@ -35,8 +35,9 @@ def _list(title: str, found: ScoreFiles, rows: Sequence[int]) -> list[Markup] | 
     for row in rows:
         note = (found.notes or [])[row]
         given = f", probability {found.probability[row]:.3f}" if found.probability is not None else ""
-        items.append(tag("li", tag("p", tag("strong", found.names[found.reference[row]]),
-                                   f" answered as {found.names[found.prediction[row]]}" if not found.right[row] else None,
+        items.append(tag("li", tag("p", tag("strong", tag("bdi", found.names[found.reference[row]])),
+                                   [" answered as ", tag("bdi", found.names[found.prediction[row]])] if not found.right[row]
+                                   else None,
                                    tag("span", f" (row {row + 1}{given})", class_="quiet")),
                          tag("blockquote", shortened(note, LONGEST))))
     return [tag("h3", title), tag("ol", items, class_="notes")]

@@ -28,7 +28,7 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0; font-weight: 650; letter-spac
 h2 { font-size: 21px; line-height: 1.3; margin: 56px 0 10px; padding-top: 14px; border-top: 1px solid var(--rule);
   font-weight: 650; }
 h3 { font-size: 16px; margin: 28px 0 6px; font-weight: 650; }
-p { margin: 0 0 12px; max-width: 72ch; }
+p { margin: 0 0 12px; max-width: 72ch; overflow-wrap: anywhere; }
 td, th, dd, text, blockquote { unicode-bidi: isolate; }
 .lead { font-size: 17px; margin-top: 8px; color: var(--quiet); overflow-wrap: anywhere; }
 .quiet, figcaption, .legend { color: var(--quiet); font-size: 14px; }

@@ -66,8 +66,8 @@ def scores_section(found: ScoreFiles, run: RunFiles) -> Markup:
             "of notes of another kind or another training run. "]
     guesses_said = [f"{name} ({BASELINES[name]})" for name in baselines if name in BASELINES]
     if guesses_said:
-        said.append("Beside it what an answer scores that knows nothing of the note: " + " and ".join(guesses_said)
-                    + (f"; here “{majority}”" if majority else "") + ".")
+        said += ["Beside it what an answer scores that knows nothing of the note: " + " and ".join(guesses_said),
+                 ["; here “", tag("bdi", str(majority)), "”"] if majority else None, "."]
     said += said_of_rows(found.held)
     if found.right.all():
         said.append(f" Of {found.n:,} right answers out of {found.n:,} the true rate may still be as low as "

@@ -173,8 +173,9 @@ def picture(width: int, height: int, label: str, *parts: Child, class_: str = "c
 
 
 def text_width(text: str, size: float) -> float:
-    """About how wide a text is in letters of a size; those of East Asia are square."""
-    return size * sum(1.0 if unicodedata.east_asian_width(character) in "WF" else 0.6 for character in text)
+    """About how wide a text is in letters of a size; those of East Asia are square, capitals wider than small ones."""
+    return size * sum(1.0 if unicodedata.east_asian_width(character) in "WF" else 0.72 if character.isupper() else 0.6
+                      for character in text)
 
 
 def thin(x: Floats, y: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
