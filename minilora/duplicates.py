@@ -72,12 +72,20 @@ def find_twins(notes: Sequence[str], others: Sequence[str] | None = None, thresh
         # The small number keeps 0.7 · 10 from counting as a little more than 7.
         return rarest[: len(found) - math.ceil(threshold * len(found) - 1e-9) + 1] if found else []
 
+    first: dict[frozenset[tuple[str, ...]], int] = {}       # of equal notes the first stands for all: a clinic writes
+    for number, found in enumerate(against):                # "chest pain" a thousand times, and they would be a million pairs
+        if found:
+            first.setdefault(found, number)
     index: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, found in enumerate(against):
+    for found, number in first.items():
         for shingle in prefix(found):
             index[shingle].append(number)
     similarity, nearest = np.zeros(len(sets)), np.full(len(sets), -1, dtype=np.int64)
     for row, found in enumerate(sets):
+        equal = first.get(found)
+        if equal is not None and (others is not None or equal < row):
+            similarity[row], nearest[row] = 1.0, equal
+            continue
         seen = set[int]()
         for shingle in prefix(found):
             for number in index.get(shingle, ()):

@@ -51,3 +51,18 @@ def test_within_one_table_each_note_is_compared_with_those_before_it(notes: list
         best = max((jaccard(note, other) for other in notes[:row]), default=0.0)
         assert found.similarity[row] == pytest.approx(best if best >= 0.7 - 1e-12 else 0.0)
         assert found.nearest[row] < row
+
+
+@pytest.mark.parametrize("others", [None, ["chest pain, r/o bleed"] * 300])
+def test_a_note_that_stands_there_a_thousand_times_is_compared_once(others: list[str] | None,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    class Counting(frozenset[tuple[str, ...]]):
+        def __and__(self, other: object) -> frozenset[tuple[str, ...]]:
+            compared.append(1)
+            return frozenset(self) & other      # type: ignore[operator]
+
+    monkeypatch.setattr("minilora.duplicates.shingles", lambda note: Counting(shingles(note)))
+    found = find_twins(["chest pain, r/o bleed"] * 300, others)
+    assert found.same == 300 - (others is None) and set(found.nearest[1:].tolist()) == {0} and len(compared) <= 300
