@@ -28,11 +28,12 @@ RESAMPLED_NUMBERS = 4_000_000       # of counts in memory at once: 32 MB
 
 
 def normalize_label(label: str) -> str:
-    """The form in which two labels are compared: Unicode NFC, case folded, white space runs one space, none around.
+    """The form in which two labels are compared: case folded, in Unicode's NFC, white space runs one space, none around.
 
     Nothing else: "W/O Contrast" and "WO Contrast", "C-Spine" and "C Spine" are different answers.
     """
-    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+    # Trap: folding takes some letters apart (the Greek ΐ), and puts together none that came apart.
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", label).casefold()).split())
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def test_cosine_of_a_pair_by_hand() -> None:
 def test_normalization_folds_case_and_spacing_and_nothing_else() -> None:
     assert normalize_label("  ct\tAbdomen \n W Contrast") == normalize_label(WITH)
     assert normalize_label("Ko\u0308rper") == normalize_label("KÖRPER")
+    assert normalize_label("πρωτεΐνη") == normalize_label("πρωτεΐνη".upper()), "folding took the letter apart"
     for a, b in ((WITH, WITHOUT), ("CT W/O", "CT WO"), ("C-Spine", "C Spine"), ("C-Spine(Bone)", "C-Spine (Bone)")):
         assert normalize_label(a) != normalize_label(b), f"{a!r} and {b!r}"
     scores = evaluate(["ct abdomen  w contrast ", WITHOUT], [WITH, WITHOUT], words, resamples=5)
