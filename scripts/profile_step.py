@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ class Operation:
 
     name: str
     shapes: str
-    calls: int
-    seconds: float
-    host_seconds: float
+    calls: int = 0
+    seconds: float = 0.0
+    host_seconds: float = 0.0
 
 
 def step_of(shape: str, work: Workload, device: torch.device) -> Callable[[], None]:
@@ -76,12 +76,14 @@ def operations(step: Callable[[], None], device: torch.device) -> list[Operation
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities, record_shapes=True, acc_events=True) as made:
         step()
-    found = []
+    found: dict[tuple[str, str], Operation] = {}
     for event in made.key_averages(group_by_input_shape=True):
-        host = event.self_cpu_time_total / 1e6
-        shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
-        found.append(Operation(event.key, shapes, event.count, event.self_device_time_total / 1e6 if on_gpu else host, host))
-    return sorted(found, key=lambda operation: -operation.seconds)
+        shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)       # of numbers there are none
+        before, host = found.get((event.key, shapes), Operation(event.key, shapes)), event.self_cpu_time_total / 1e6
+        seconds = event.self_device_time_total / 1e6 if on_gpu else host
+        found[event.key, shapes] = replace(before, calls=before.calls + event.count, seconds=before.seconds + seconds,
+                                           host_seconds=before.host_seconds + host)
+    return sorted(found.values(), key=lambda operation: -operation.seconds)
 
 
 def table(found: Sequence[Operation], top: int) -> str:
