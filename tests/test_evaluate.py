@@ -20,7 +20,15 @@ from minilora.clinical import clinical_difference, error_kinds, read_protocol
 from minilora.duplicates import find_twins
 from minilora.errors import ConfigError, DataError
 from minilora.evaluate import OTHER, evaluate, format_table, save_evaluation
-from minilora.metrics import bootstrap_intervals, count_pairs, normalize_label, number_labels, summarize, top_k
+from minilora.metrics import (
+    bootstrap_intervals,
+    count_pairs,
+    normalize_label,
+    number_labels,
+    said_of_few_rows,
+    summarize,
+    top_k,
+)
 
 WITH, WITHOUT, KNEE = "CT Abdomen W Contrast", "CT Abdomen WO Contrast", "XR Knee"
 
@@ -111,6 +119,26 @@ def test_bootstrap_by_counts_equals_a_bootstrap_by_rows() -> None:
     for name, values in drawn.items():
         # A bound's own spread at 2,000 draws is some 0.003.
         np.testing.assert_allclose(found[name], np.percentile(values, [2.5, 97.5]), atol=0.015, err_msg=name)
+
+
+@pytest.mark.parametrize(("rows", "rate", "least", "most"), [(5, 0.9, 0.3, 0.5), (20, 0.98, 0.2, 0.45), (200, 0.9, 0.9, 0.98)])
+def test_intervals_hold_what_they_say_of_many_rows_and_less_of_few(rows: int, rate: float, least: float, most: float) -> None:
+    rng, vectors = np.random.default_rng(0), np.eye(2)
+    held = 0
+    for _ in range(300):
+        right = rng.random(rows) < rate
+        pairs = count_pairs(np.zeros(rows, dtype=np.int64), np.where(right, 0, 1), vectors)
+        low, high = bootstrap_intervals(pairs, 400, rng)["exact_match"]
+        held += low - 1e-12 <= rate <= high + 1e-12
+    assert least <= held / 300 <= most
+    assert (said_of_few_rows(rows) is None) == (rows >= 200)
+
+
+def test_a_table_of_few_rows_says_that_its_intervals_are_too_narrow() -> None:
+    few = evaluate(list("aabb"), list("aaba"), words, resamples=10)
+    assert "4 rows are few: intervals resampled from them are too narrow" in format_table(few)
+    many = evaluate(list("aabb") * 50, list("aaba") * 50, words, resamples=10)
+    assert "too narrow" not in format_table(many)
 
 
 def test_bootstrap_in_pieces_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from minilora.adapters import WEIGHTS_FILE
 from minilora.calibration import BINS, calibration_error, coverage, picked, reliability
 from minilora.files import file_sha256
-from minilora.metrics import Floats, count_pairs, label_scores, normalize_label
+from minilora.metrics import Floats, count_pairs, label_scores, normalize_label, said_of_few_rows
 from minilora.report.held import said_of_rows
 from minilora.report.markup import Child, Markup, table, tag
 from minilora.report.parts import figure, legend, percent, shortened
@@ -64,6 +64,8 @@ def scores_section(found: ScoreFiles, run: RunFiles) -> Markup:
     said: list[Child] = [
         f"{found.n:,} rows of {found.folder.name}/predictions.csv. Intervals: 95%, bootstrap over rows; they say nothing "
             "of notes of another kind or another training run. "]
+    if few := said_of_few_rows(found.n):
+        said.append(f"{few}. ")
     guesses_said = [f"{name} ({BASELINES[name]})" for name in baselines if name in BASELINES]
     if guesses_said:
         said += ["Beside it what an answer scores that knows nothing of the note: " + " and ".join(guesses_said),
