@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minilora import NF4_CODE, quantize_nf4
 from minilora.course.pictures import BLUE, GREY, RED, picture
 from minilora.kernels import cpu
+from minilora.layers.dense import multiplies
 from minilora.layers.scratch import borrow, held_bytes
 from minilora.llama.model import RMSNorm
 
@@ -251,6 +252,30 @@ assert torch.equal(q.dequantize(out=out).view(-1), plain), "whatever the speed, 
 # Compare the last two: one kernel, the same bytes, and most of the time was the system handing out pages. And the first two
 # take longer than their bytes explain, because their passes write into fresh memory as well.
 #
+# ## Sixteen bits without an instruction
+#
+# A table of sixteen fits a register of AVX-512. Most laptops have AVX2, with registers half as wide (two hold the table), and
+# what is worse for training: no instruction that multiplies bfloat16. Torch then takes the numbers one by one. But a bfloat16
+# number *is* a float32 number, of which the last sixteen bits are zero.
+#
+# **Predict.** Widen x and W to float32, multiply these, round the sums to bfloat16. How many of the results are another number
+# than the exact sum, rounded once?
+
+# %%
+x16, w16 = (torch.randn(rows, 512, generator=generator).bfloat16() for rows in (32, 256))
+exact = (x16.double() @ w16.double().T).bfloat16()
+widened = (x16.float() @ w16.float().T).bfloat16()
+wide, narrow = seconds(lambda: x16.float() @ w16.float().T), seconds(lambda: x16 @ w16.T)
+print(f"{float((widened != exact).float().mean()):.2%} differ")
+print(f"torch's 16-bit product takes {narrow / wide:.1f} times as long; instructions for it: {multiplies(torch.bfloat16)}")
+assert (widened != exact).float().mean() < 0.01
+assert torch.equal(x16.view(torch.int16).int() << 16, x16.float().view(torch.int32))
+
+# %% [markdown]
+# Hardly any: a product of two numbers of eight significant bits has sixteen, float32 holds it exactly, and only the sums are
+# rounded, long before bfloat16 would see it. So where the processor has no such instruction, the package multiplies in
+# float32, widening a piece of a weight at a time; and the command line computes in float32 there from the start.
+#
 # ## Asking takes time, too
 #
 # When a token is generated, the products read 4 bits a weight, and all else is tiny: a norm of one row, a rotation, a sum. But
@@ -331,7 +356,7 @@ with picture("17_fast", columns=2, width=9, height=2.8, width_ratios=(1, 2)) as 
 # `minilora/kernels/reference.py` is the truth, in torch; `minilora/kernels/nf4_vectors.h` has the register and its lookups, in
 # four forms for four kinds of processor; `minilora/kernels/nf4_product.cpp` the loops over them;
 # `minilora/kernels/nf4_one_row.h` the one that a token meets, where a block's sum is scaled and not its weights;
-# `minilora/layers/scratch.py` the buffer;
+# `minilora/layers/scratch.py` the buffer; `minilora/layers/dense.py` the products of processors without 16-bit ones;
 # `minilora/llama/decoding.py` and `minilora/kernels/block_token.h` the one call a token;
 # `minilora/kernels/nf4_triton.py` the same for GPUs, and `minilora/kernels/product_triton.py` their products, one of which
 # hands a weight from its codes to the tensor cores within one thread. `tests/kernels/test_equal_bits.py` and

@@ -3,6 +3,8 @@
 On such a CPU (AVX2: most laptops) torch multiplies 16-bit numbers one by one, and a training step takes 25 times as long in
 bfloat16 as in float32.  Every 16-bit number is a float32 number, and torch sums in float32 too: what is computed here is the
 same but for the order of the sums.  A large matrix is widened piece by piece, so that it is never in memory as float32.
+
+Lesson 17 explains it.
 """
 from __future__ import annotations
 
