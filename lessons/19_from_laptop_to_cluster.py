@@ -290,7 +290,7 @@ print(f"{len(shared)} answers in {sum(map(len, partitions))} batches, the model 
 assert [one.label for one in at_once] == [other.label for other in shared] and apart < 1e-4 and len(loaded) == 1
 
 # %% [markdown]
-# Spark is given such a function by `mapInPandas`. The answers are the same however the rows are cut. That is a property
+# Spark is given such a function by `mapInArrow`. The answers are the same however the rows are cut. That is a property
 # of the *model code* (padding must not change a row's answer), and it is what makes a result from a cluster one that you
 # can check on a laptop.
 #
