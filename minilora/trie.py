@@ -30,14 +30,13 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.data.prompts import check_ids, encode_label
 from minilora.data.tables import MAX_LABELS
 from minilora.errors import ConfigError, DataError
 from minilora.forest import TreeChunk, forests, grows_on
 from minilora.generate import NOT_FINITE, cache_for, check_prompts, evaluation_mode, shared_beginning
-from minilora.llama.linear import PLAIN
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
 from minilora.metrics import normalize_label
@@ -272,7 +271,7 @@ def _next_log_probs(model: LlamaForCausalLM, states: Tensor, tokens: list[int], 
     """Log-probability of each token after (B, hidden) states: (B, tokens) float32."""
     if normalize == "full":
         return F.log_softmax(model.lm_head(states).float(), dim=-1)[:, tokens]
-    if type(model.lm_head) in PLAIN:                # only the children's rows of the head, in float32
+    if type(model.lm_head) is nn.Linear:            # only the children's rows of the head, in float32
         logits = F.linear(states.float(), model.lm_head.weight[tokens].float())
     else:                                           # an adapter on the head: its module knows the whole product only
         logits = model.lm_head(states)[:, tokens].float()

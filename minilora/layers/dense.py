@@ -73,28 +73,29 @@ def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _WideLinear(torch.autograd.Function):
-    """``x Wᵀ + b`` over a frozen layer."""
+    """``x Wᵀ + b``, which keeps what torch's keeps, in 16 bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         y = x.new_zeros(*x.shape[:-1], len(weight), dtype=torch.float32)
         return _add_wide(y if bias is None else y.add_(bias), x, weight.T).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        weight, = ctx.saved_tensors
-        return linear(grads[0], weight.T), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, (x, weight) = grads[0], ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        return (None if weight is None else linear(grad, weight.T),
+                None if x is None else linear(flat.T, x.reshape(-1, x.shape[-1]).T),
+                flat.sum(0) if ctx.needs_input_grad[2] else None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: ``x Wᵀ + b`` of (..., in), (out, in) and (out,) or None -> (..., out)."""
-    learning = torch.is_grad_enabled()
-    wide = is_widened(x) if learning and x.requires_grad else _is_wide(x, weight.T)     # the way back is never torch's
+    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    wide = is_widened(x) if learning else _is_wide(x, weight.T)                         # the way back is never torch's
     if not wide or weight.dtype != x.dtype or x.shape[-1] != weight.shape[-1]:          # of what doesn't fit torch says so
         return F.linear(x, weight, bias)
-    if learning and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return _WideLinear.apply(x, weight, bias)
 
 

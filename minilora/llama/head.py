@@ -7,8 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minilora.layers import dense
 from minilora.layers.few_rows import few_rows_product
-from minilora.llama.linear import PLAIN
+from minilora.layers.lora import is_hooked
 
 # Narrower heads keep torch's product, and its bits: figures that are published hang on those of the small model that ships.
 NARROWEST = 768
@@ -19,8 +20,8 @@ def logits(head: nn.Module, states: Tensor) -> Tensor:
 
     Guarantee: sums in float32 of the products in bfloat16, rounded once, whoever makes them (tests/llama/test_head.py).
     """
-    few = None
-    if type(head) in PLAIN and head.bias is None and not head._forward_hooks and not torch.is_grad_enabled() \
-            and states.shape[-1] >= NARROWEST:
-        few = few_rows_product(states, head.weight)
-    return head(states) if few is None else few
+    if type(head) is not nn.Linear or head.bias is not None or is_hooked(head):
+        made: Tensor = head(states)
+        return made
+    few = None if torch.is_grad_enabled() or states.shape[-1] < NARROWEST else few_rows_product(states, head.weight)
+    return dense.linear(states, head.weight) if few is None else few

@@ -22,7 +22,6 @@ from minilora.llama.cache import KVCache
 from minilora.llama.config import LlamaConfig
 from minilora.llama.frugal import attention, rms_norm, rotate, swiglu
 from minilora.llama.head import logits
-from minilora.llama.linear import Linear
 from minilora.llama.masks import attention_masks
 from minilora.llama.recompute import recompute, recompute_rows
 from minilora.llama.rotary import inverse_frequencies, rotation
@@ -157,7 +156,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = self.activation_offloading = False
         self.tie_weights()
 
@@ -272,5 +271,5 @@ def _check_mask(attention_mask: Tensor | Trees, batch: int, length: int, past: i
         raise ConfigError(f"attention_mask covers {shape[-1]} positions, needed are {past} cached and {length} new")
 
 
-def _linear(shape: tuple[int, int], bias: bool) -> Linear:
-    return Linear(shape[1], shape[0], bias=bias)
+def _linear(shape: tuple[int, int], bias: bool) -> nn.Linear:
+    return nn.Linear(shape[1], shape[0], bias=bias)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import minilora
 from minilora.layers import dense, scratch
-from minilora.layers.low_rank import plain_update
 from minilora.llama.config import LlamaConfig
-from minilora.llama.linear import Linear
+from minilora.llama.head import logits
 from minilora.shapes import random_model
 from tests.models import SHAPE
 
@@ -146,11 +145,11 @@ def test_a_step_is_the_one_that_torch_makes_within_roundings(quantize: Literal["
         assert (mine - torchs).norm() <= 0.02 * torchs.norm()
 
 
-def test_the_model_is_made_of_such_linears_and_they_are_linears() -> None:
-    model = random_model(LlamaConfig.from_dict(SHAPE), None)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert linears and all(type(module) is Linear for module in linears)
-    assert plain_update(numbers(3, 8, dtype=torch.bfloat16), numbers(2, 8), numbers(5, 2), 2.0).dtype == torch.bfloat16
+def test_a_head_of_the_model_is_such_a_product_and_one_with_a_hook_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, states = nn.Linear(40, 30, bias=False, dtype=torch.bfloat16), numbers(2, 9, 40, dtype=torch.bfloat16)
+    assert torch.equal(logits(head, states), dense.linear(states, head.weight))
+    head.register_forward_hook(lambda module, args, y: y * 0)
+    assert not logits(head, states).any()
 
 
 def test_this_cpu_is_asked_once_and_float32_always_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
