@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minilora.data.batches import Batch, collate
 from minilora.data.prompts import IGNORED, Example
+from minilora.llama.head import logits
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.recompute import recompute
 
@@ -59,7 +60,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_bytes: int
     Guarantee: the bits of one chunk where one is enough; else the sum's rounding (tests/test_loss.py).
     """
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        return F.cross_entropy(logits(head, hidden).float(), targets, reduction="sum")
 
     rows = max(1, chunk_bytes // (4 * getattr(head, "out_features", 1)))
     if len(hidden) <= rows:

@@ -37,6 +37,7 @@ from minilora.data.tables import MAX_LABELS
 from minilora.errors import ConfigError, DataError
 from minilora.forest import TreeChunk, forests, grows_on
 from minilora.generate import NOT_FINITE, cache_for, check_prompts, evaluation_mode, shared_beginning
+from minilora.llama.head import logits as head_logits
 from minilora.llama.model import LlamaForCausalLM
 from minilora.llama.tokenizer import Tokenizer
 from minilora.metrics import normalize_label
@@ -270,7 +271,7 @@ def _steps_by_label(model: LlamaForCausalLM, trie: LabelTrie, prompts: list[list
 def _next_log_probs(model: LlamaForCausalLM, states: Tensor, tokens: list[int], normalize: Normalization) -> Tensor:
     """Log-probability of each token after (B, hidden) states: (B, tokens) float32."""
     if normalize == "full":
-        return F.log_softmax(model.lm_head(states).float(), dim=-1)[:, tokens]
+        return F.log_softmax(head_logits(model.lm_head, states).float(), dim=-1)[:, tokens]
     if type(model.lm_head) is nn.Linear:            # only the children's rows of the head, in float32
         logits = F.linear(states.float(), model.lm_head.weight[tokens].float())
     else:                                           # an adapter on the head: its module knows the whole product only

@@ -132,7 +132,7 @@ MUTATIONS = (
              "        if layer is not None:\n", DECODING_TESTS),
     Mutation("update's gradient without alpha / r", "layers/low_rank.py", ".mul_(ctx.scaling)  ", "  ", "tests/layers"),
     Mutation("update's share of the gradient forgotten", "layers/low_rank.py",
-             "                grad_x.view(-1, x.shape[-1]).addmm_(grad_low, share).view_as(x)", "                grad_x",
+             "                dense.addmm_(grad_x.view(-1, x.shape[-1]), grad_low, share).view_as(x)", "                grad_x",
              "tests/layers"),
     Mutation("an MLP's rows in another order", "llama/recompute.py",
              "for part in flat.split(rows)])", "for part in flat.split(rows)][::-1])", "tests/llama/test_recompute.py"),

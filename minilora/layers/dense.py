@@ -1,6 +1,6 @@
 """Products of 16-bit matrices: torch's, or on a CPU that has no instructions for them those of float32, rounded once.
 
-On such a CPU (AVX2: most laptops) torch multiplies 16-bit numbers one by one, and a training step takes 25 times as long in
+On such a CPU (AVX2: most laptops) torch multiplies 16-bit numbers one by one, and a training step took 25 times as long in
 bfloat16 as in float32.  Every 16-bit number is a float32 number, and torch sums in float32 too: what is computed here is the
 same but for the order of the sums.  A large matrix is widened piece by piece, so that it is never in memory as float32.
 
