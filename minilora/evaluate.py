@@ -258,8 +258,8 @@ def format_table(evaluation: Evaluation, worst: int = 5) -> str:
                      + "".join(f"{getattr(guess, key):>{_width(guess_name)}.3f}"
                                for guess_name, guess in evaluation.baselines.items()))
     lines.append(f"{'weighted F1':<12}{evaluation.weighted_f1:>7.3f}")
-    lines += [few] if (few := said_of_few_rows(evaluation.n)) else []
     lines += [f"{f'in the top {k}':<12}{share:>7.3f}" for k, share in evaluation.top_k.items() if k != "1"]
+    lines += [few] if (few := said_of_few_rows(evaluation.n)) else []
     lines += _beside(evaluation)
     if evaluation.mean_probability is not None and evaluation.calibration_error is not None:
         lines.append(f"mean probability {evaluation.mean_probability:.3f}, "

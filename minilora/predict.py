@@ -46,6 +46,7 @@ FREE_TOKENS = 48        # longest free answer
 ROWS_AT_ONCE = 512      # of a table: sorted by length among themselves, then written in order
 RANKED = 5              # most probable labels that are kept of each row
 ADDED_COLUMNS = ("prediction", "probability", "error", "runner_up", "runner_up_probability")
+ADDED_NUMBERS = ("probability", "runner_up_probability")        # of these; the others are text
 ERROR = ADDED_COLUMNS.index("error")
 Item = TypeVar("Item")
 
@@ -66,6 +67,11 @@ class Prediction:
     error: str | None = None
     runner_up_probability: float | None = None
     ranked: tuple[str, ...] = ()
+
+    @property
+    def cells(self) -> tuple[str | float | None, ...]:
+        """What stands in `ADDED_COLUMNS`."""
+        return self.label, self.probability, self.error, self.runner_up, self.runner_up_probability
 
 
 @dataclass
@@ -211,8 +217,7 @@ def predict_table(predictor: Predictor, data: str | Path, out: str | Path, input
                 notes = [row.text for row in chunk]
                 answers = journal.recorded(notes)
                 if answers is None:
-                    answers = [[it.label, it.probability, it.error, it.runner_up, it.runner_up_probability]
-                               for it in predictor.predict(notes)]
+                    answers = [list(answer.cells) for answer in predictor.predict(notes)]
                     journal.record(notes, answers)
                 for row, answer in zip(chunk, answers, strict=True):
                     writer.write({**row.values, **dict(zip(ADDED_COLUMNS, answer, strict=True))})

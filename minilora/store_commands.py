@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from minilora.config import TrainConfig
 from minilora.errors import ConfigError
-from minilora.files import check_output
 
 if TYPE_CHECKING:
     from minilora.audit_log import Asked
@@ -115,10 +114,10 @@ def predict_by_spark(args: argparse.Namespace, asked: Asked) -> None:
     if args.resume:
         raise ConfigError("--resume goes on with one file; Spark tries its own tasks again, and writes a folder anew")
     from minilora.audit_log import audited
-    from minilora.integrations.spark import KIND, Labelling, predict_files
+    from minilora.integrations.spark import Labelling, check_answers, predict_files
     how = Labelling(args.model, args.adapter, args.labels, args.free, args.template, args.quantize, args.device, args.dtype,
                     args.max_length, args.pad_vocab, args.input_column)
-    check_output(args.out, args.overwrite, KIND, reads=(args.data, args.model, args.adapter, args.labels, args.template))
+    check_answers(args.data, args.out, how, args.overwrite)
     with audited(asked, args.audit) as tally:
         rows = predict_files(args.data, args.out, how, args.workers, args.overwrite, tally, args.quiet)
     if not args.quiet:

@@ -9,18 +9,17 @@ for how much of a step the GPU had work: where that is well below one, Python as
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from minilora.files import write_json
 from minilora.malloc import keep_freed_memory
 from minilora.measured import make_model, random_batch
 from minilora.memory import Workload
@@ -130,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"the GPU had work for {computing * 1e3:.1f} ms, {computing / seconds:.2f} of it")
     print(table(found, args.top))
     if args.json:
-        made: dict[str, Any] = {"seconds": seconds, "computing": computing, "operations": [asdict(each) for each in found]}
-        args.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        made = {"seconds": seconds, "computing": computing, "operations": [asdict(each) for each in found]}
+        write_json(args.json, made)
 
 
 if __name__ == "__main__":

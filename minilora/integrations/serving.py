@@ -34,7 +34,7 @@ from minilora.config import read_toml
 from minilora.errors import ConfigError
 from minilora.integrations.tracking import Store, or_one_line, read_state, track
 from minilora.own_base import FOLDER as OWN_BASE
-from minilora.predict import ADDED_COLUMNS, Predictor
+from minilora.predict import ADDED_COLUMNS, ADDED_NUMBERS, Predictor
 from minilora.runs import CONFIG_FILE
 
 CODE = Path(__file__).with_name("served_model.py")
@@ -46,10 +46,10 @@ REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<versio
 DIGEST_TAG = "files_sha256"
 FULLY_TUNED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 EXAMPLE = "History: fall from a ladder. Diagnosis: concern for fracture of the wrist."        # of nobody
-NUMBERS = ("probability", "runner_up_probability")        # of the columns that come out; the others are strings
 SIGNATURE = ModelSignature(
     Schema([ColSpec("string", "note")]),
-    Schema([ColSpec("double" if name in NUMBERS else "string", name, required=name == "prediction") for name in ADDED_COLUMNS]))
+    Schema([ColSpec("double" if name in ADDED_NUMBERS else "string", name, required=name == "prediction")
+            for name in ADDED_COLUMNS]))
 
 
 class NoteLabeller(mlflow.pyfunc.PythonModel):
@@ -72,9 +72,8 @@ class NoteLabeller(mlflow.pyfunc.PythonModel):
         """(n,) notes -> (n,) rows of `ADDED_COLUMNS`; an empty note, or none, has an error and no prediction."""
         # Trap: what is missing in a column of text is None in one version of pandas, NaN or NA in another.
         notes = ["" if pd.isna(note) else str(note) for note in model_input["note"].tolist()]
-        answers = self.predictor.predict(notes)
-        return pd.DataFrame({name: [getattr(answer, "label" if name == "prediction" else name) for answer in answers]
-                             for name in ADDED_COLUMNS}, index=model_input.index).astype(dict.fromkeys(NUMBERS, "float64"))
+        answers = [answer.cells for answer in self.predictor.predict(notes)]
+        return pd.DataFrame(answers, model_input.index, list(ADDED_COLUMNS)).astype(dict.fromkeys(ADDED_NUMBERS, "float64"))
 
 
 @contextmanager

@@ -36,13 +36,12 @@ from minilora.data.table_writer import added_columns
 from minilora.data.tables import iter_table
 from minilora.errors import ConfigError, DataError, MiniloraError, OutputError
 from minilora.files import Kind, check_output, new_folder
-from minilora.predict import ADDED_COLUMNS, Predictor
+from minilora.predict import ADDED_COLUMNS, ADDED_NUMBERS, Predictor
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-NUMBERS = ("probability", "runner_up_probability")        # of the added columns; the others are strings
 BATCH_ROWS = 512            # of a worker at a time: sorted by length among themselves
 SPARKS: dict[str, tuple[str, dict[str, Any]]] = {               # name and options of each kind of table, in Spark
     # Trap: by default Spark trims the cells that it writes, guesses types (an id 007 is 7), and fills up or cuts broken rows.
@@ -100,11 +99,12 @@ def _labelled(batches: Iterator[pa.RecordBatch], how: Labelling, at: int) -> Ite
 
     for batch in batches:
         try:
-            answers = _predictor(how).predict([cell_text(note) for note in batch.column(at).to_pylist()])
+            notes = [cell_text(note) for note in batch.column(at).to_pylist()]
+            answers = [answer.cells for answer in _predictor(how).predict(notes)]
         except MiniloraError as error:
             raise RuntimeError(str(error)) from None
-        added = [pa.array([getattr(answer, "label" if name == "prediction" else name) for answer in answers],
-                          pa.float64() if name in NUMBERS else pa.string()) for name in ADDED_COLUMNS]
+        added = [pa.array([cells[place] for cells in answers], pa.float64() if name in ADDED_NUMBERS else pa.string())
+                 for place, name in enumerate(ADDED_COLUMNS)]
         yield pa.RecordBatch.from_arrays([*batch.columns, *added], names=[*batch.schema.names, *ADDED_COLUMNS])
 
 
@@ -127,7 +127,7 @@ def predict(df: DataFrame, how: Labelling) -> DataFrame:
     exact = df.sparkSession.conf.get("spark.sql.caseSensitive", "false") == "true"
     added_columns("the data frame", names if exact else [*names, *map(str.lower, names)], ADDED_COLUMNS)
     plain = _plain(df)
-    schema = StructType([*plain.schema.fields, *(StructField(name, DoubleType() if name in NUMBERS else StringType())
+    schema = StructType([*plain.schema.fields, *(StructField(name, DoubleType() if name in ADDED_NUMBERS else StringType())
                                                  for name in ADDED_COLUMNS)])
     return plain.mapInArrow(lambda batches: _labelled(batches, how, at), schema).toDF(*names, *ADDED_COLUMNS)
 
@@ -221,6 +221,11 @@ def _progress(spark: SparkSession, tasks: int, quiet: bool) -> Iterator[None]:
         bar.update(tasks - bar.n)
 
 
+def check_answers(data: str | Path, out: str | Path, how: Labelling, overwrite: bool) -> None:
+    """Raise the OutputError of `predict_files`, before Spark is started or anything recorded."""
+    check_output(out, overwrite, KIND, reads=(data, how.model, how.adapter, how.labels, how.template))
+
+
 @contextmanager
 def _place(out: str | Path, overwrite: bool) -> Iterator[tuple[str, str]]:
     """Where Spark is to write, and in which mode.
@@ -272,7 +277,7 @@ def predict_files(data: str | Path, out: str | Path, how: Labelling, workers: in
     """
     if tally is not None:               # a run that fails leaves no file in which to count
         tally.rows_read = tally.rows_predicted = tally.rows_in_error = None
-    check_output(out, overwrite, KIND, reads=(data, how.model, how.adapter, how.labels, how.template))
+    check_answers(data, out, how, overwrite)
     written, how_written = SPARKS[table_format(Path(out), None, OutputError)]
     source = table_format(Path(data), None)
     names = _columns(Path(data), source, how.input_column)

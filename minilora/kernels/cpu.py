@@ -21,7 +21,8 @@ from minilora.kernels.build import NATIVE, at_first_call, load
 SOURCES = Path(__file__).with_name("nf4_cpu.cpp"), Path(__file__).with_name("nf4_product.cpp")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to so many rows of x the fused product is faster than unpacking and torch's product, measured on two AMD EPYC cores with
-# AVX-512 (11008 × 4096: the lines cross at 112 rows of bfloat16 and 330 of float32); the other forms on the same machine.
+# AVX-512 (11008 × 4096: the lines cross at 112 rows of bfloat16 and 330 of float32); the other forms on the same machine, but
+# bfloat16 with AVX2 on two that have no more, where torch's product is float32's (`layers.dense`): between 64 and 128 rows.
 FUSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 96, torch.float32: 256},
               "AVX-512": {torch.bfloat16: 16, torch.float32: 128},
               "AVX2": {torch.bfloat16: 64, torch.float32: 64}}

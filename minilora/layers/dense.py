@@ -100,7 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, whose products are no faster; heads may share keys."""
+    """`torch.nn.functional.scaled_dot_product_attention`, whose products are no other than these; heads may share keys."""
     kind, shared = q.dtype, q.shape[1] != k.shape[1]
     if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from minilora.errors import ConfigError
+from minilora.layers.hooks import is_hooked
 from minilora.layers.low_rank import LowRankUpdate, few_rows_update, plain_update
 
 # A row of zeros (pruned, or lost in quantization) has length 0, and m / 0 would be NaN for the whole model, as in PEFT.
@@ -84,12 +84,6 @@ def dense_weight(linear: nn.Module) -> Tensor:
     rebuild = getattr(linear, "dense_weight", None)
     weight: Tensor = getattr(linear, "weight") if rebuild is None else rebuild()    # noqa: B009
     return weight
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more, or something else, than its class says: what goes by its parts would pass that by."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-                or "forward" in vars(module) or _has_any_global_hook())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -12,7 +12,8 @@ from torch import nn
 
 from minilora.kernels import block, cpu
 from minilora.kernels.block_token import Block, Linear, TokenStep
-from minilora.layers.lora import LoRALinear, is_hooked
+from minilora.layers.hooks import is_hooked
+from minilora.layers.lora import LoRALinear
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.llama.cache import KVCache
 from minilora.llama.model import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, RMSNorm

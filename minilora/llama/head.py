@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minilora.layers import dense
 from minilora.layers.few_rows import few_rows_product
-from minilora.layers.lora import is_hooked
+from minilora.layers.hooks import is_hooked
 
 # Narrower heads keep torch's product, and its bits: figures that are published hang on those of the small model that ships.
 NARROWEST = 768
