@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora.bench as bench
 from minilora.bench import kernels, limits, models, ours, paging, scaling, sides
@@ -20,6 +21,7 @@ from minilora.bench.rows import Row, Settings, Target, format_row, in_turns, mar
 from minilora.bench.sides import Taken, Task, ratio, take_turns
 from minilora.cli import main
 from minilora.errors import ConfigError, MiniloraError
+from minilora.layers import dense
 from minilora.llama.config import LlamaConfig
 from minilora.measured import Measured
 from minilora.memory import Memory
@@ -268,6 +270,26 @@ def test_limits_are_what_a_stopwatch_says(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         limits.bytes_per_second.cache_clear()
         limits.operations_per_second.cache_clear()
+
+
+def test_a_cpu_without_16_bit_products_is_measured_by_the_fastest_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[torch.dtype] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "mm" in operation.name() and len(args[0]) > dense.FEW_ROWS:
+                products.append(args[0].dtype)
+            return operation(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(dense, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(limits, "SIDE", 64)
+    monkeypatch.setattr(kernels, "LAYER", (64, 64))
+    limits.operations_per_second.cache_clear()
+    with Products():
+        limits.operations_per_second(torch.bfloat16)
+        list(kernels.products(Settings(quick=True)))
+    limits.operations_per_second.cache_clear()
+    assert set(products) == {torch.float32}
 
 
 def test_costs_are_measured_one_setting_at_a_time_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

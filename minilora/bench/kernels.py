@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from minilora.bench.rows import Row, Settings, Target, in_turns
 from minilora.bench.sides import Task, ratio, take_turns
+from minilora.layers.dense import linear
 from minilora.layers.nf4_linear import NF4Linear
 from minilora.quant.nf4 import quantize_nf4
 
@@ -34,12 +34,12 @@ def unpacking(settings: Settings) -> Iterator[Row]:
 
 
 def products(settings: Settings) -> Iterator[Row]:
-    """x Ŵᵀ where x needs a gradient; beside it the product with Ŵ in bfloat16."""
+    """x Ŵᵀ where x needs a gradient; beside it that with Ŵ in bfloat16, as fast as this CPU makes it (`layers.dense`)."""
     layer = NF4Linear(quantize_nf4(torch.randn(LAYER, generator=torch.Generator().manual_seed(0))))
     dense = layer.dense_weight(torch.bfloat16)
     for rows, (least, least_of_dense) in TRAINING.items():
         x = torch.randn(rows, LAYER[1], generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).requires_grad_()
-        ours, limit = in_turns(partial(layer, x), partial(F.linear, x, dense), settings.rounds(15, 7))
+        ours, limit = in_turns(partial(layer, x), partial(linear, x, dense), settings.rounds(15, 7))
         row = Row(f"linear_rows_{rows}", "s", ours, limit=limit, limit_is="dense",
                   targets=() if least_of_dense is None else (Target("of the dense product", limit / ours, least_of_dense),))
         yield against_peer(row, Task("product", rows=rows, shape=LAYER, calls=3), settings, least)
@@ -49,7 +49,7 @@ def products_fp32(settings: Settings) -> Iterator[Row]:
     """512 rows beside Linear4bit in float32: in float32 too, where torch's product alone takes the time, and in bfloat16."""
     layer = NF4Linear(quantize_nf4(torch.randn(LAYER, generator=torch.Generator().manual_seed(0))))
     x = torch.randn(512, LAYER[1], generator=torch.Generator().manual_seed(1)).requires_grad_()
-    ours, limit = in_turns(partial(layer, x), partial(F.linear, x, layer.dense_weight(torch.float32)), settings.rounds(5))
+    ours, limit = in_turns(partial(layer, x), partial(linear, x, layer.dense_weight(torch.float32)), settings.rounds(5))
     row = Row("linear_rows_512_fp32", "s", ours, limit=limit, limit_is="dense",
               targets=(Target("of the dense product", limit / ours, 1 / 1.08),))
     task = Task("product", rows=512, shape=LAYER, dtype="float32")
