@@ -116,21 +116,32 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
         }
 }
 
-// sums (W_ROWS, ROWS) of weight rows row … and x's rows first …, as far as there are such, rounded once to y.
+// COUNT sums, whole registers of them, rounded once.
+template <int KIND, int COUNT> INLINE void round_sums(const float* sums, typename Stored<KIND>::type* to) {
+    for (int i = 0; i < COUNT; i += LANES) {
+        if constexpr (KIND == BFLOAT16) store_halves(to + i, to_bfloat16(load<Floats>(sums + i)));
+        else store(to + i, load<Words>(sums + i));
+    }
+}
+
+// `count` of COUNT results to where they belong.  Of a size that is known it is an instruction or two.
+template <int COUNT, class To> INLINE void put(To* y, const To* results, int64_t count) {
+    if (count == COUNT) memcpy(y, results, COUNT * sizeof(To));
+    else memcpy(y, results, count * sizeof(To));
+}
+
+// sums (ROWS, W_ROWS) of x's rows first … and weight rows row …, as far as there are such, to y.
 template <int KIND, int W_ROWS, int ROWS> void store_sums(const Product& p, const Sums<W_ROWS * ROWS>& sums, int64_t row,
                                                           int64_t first) {
-    const int64_t w_rows = smaller(W_ROWS, p.out - row), rows = smaller(ROWS, p.rows - first);
-    Sums<W_ROWS * ROWS> rounded = sums;
-    if (p.bias)
-        for (int64_t n = 0; n < w_rows; ++n)
-            for (int64_t r = 0; r < ROWS; ++r) rounded.at[n * ROWS + r] += p.bias[row + n];
-    if (KIND == BFLOAT16)
-        for (int i = 0; i < rounded.ROOM; i += LANES)
-            store(rounded.at + i, to_bfloat16(load<Floats>(rounded.at + i)));
     typedef typename Stored<KIND>::type To;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t n = 0; n < w_rows; ++n)
-            memcpy((To*)p.y + (first + r) * p.out + row + n, rounded.at + n * ROWS + r, sizeof(To));
+    const int64_t w_rows = smaller(W_ROWS, p.out - row), rows = smaller(ROWS, p.rows - first);
+    Sums<W_ROWS * ROWS> all = sums;
+    if (p.bias)
+        for (int64_t r = 0; r < ROWS; ++r)
+            for (int64_t n = 0; n < w_rows; ++n) all.at[r * W_ROWS + n] += p.bias[row + n];
+    To rounded[Sums<W_ROWS * ROWS>::ROOM];
+    round_sums<KIND, Sums<W_ROWS * ROWS>::ROOM>(all.at, rounded);
+    for (int64_t r = 0; r < rows; ++r) put<W_ROWS>((To*)p.y + (first + r) * p.out + row, rounded + r * W_ROWS, w_rows);
 }
 
 // Bytes of packed weights that are asked for before they are needed, beyond the next rows: into L2, since L1 is x's.  Measured
@@ -174,7 +185,7 @@ void multiply_few(const Product& p, int64_t row, const typename E::type* x, cons
                     Words even, odd;
                     E::weights(table[n], packed[n] + at, even, odd);
                     UNROLL for (int r = 0; r < ROWS; ++r) {
-                        Floats& place = sum[n * ROWS + r];
+                        Floats& place = sum[r * W_ROWS + n];
                         place = E::step(place, even, load<Words>(pieces + r * E::COUNT));
                         place = E::step(place, odd, load<Words>(pieces + (ROWS + r) * E::COUNT));
                     }
@@ -196,11 +207,11 @@ void multiply_few(const Product& p, int64_t row, const typename E::type* x, cons
             kept += 2 * W_ROWS * WIDTH;
             UNROLL for (int r = 0; r < ROWS; ++r) {
                 Words piece = load<Words>(pieces + r * E::COUNT);
-                UNROLL for (int n = 0; n < W_ROWS; ++n) sum[n * ROWS + r] = E::step(sum[n * ROWS + r], even[n], piece);
+                UNROLL for (int n = 0; n < W_ROWS; ++n) sum[r * W_ROWS + n] = E::step(sum[r * W_ROWS + n], even[n], piece);
             }
             UNROLL for (int r = 0; r < ROWS; ++r) {
                 Words piece = load<Words>(pieces + (ROWS + r) * E::COUNT);
-                UNROLL for (int n = 0; n < W_ROWS; ++n) sum[n * ROWS + r] = E::step(sum[n * ROWS + r], odd[n], piece);
+                UNROLL for (int n = 0; n < W_ROWS; ++n) sum[r * W_ROWS + n] = E::step(sum[r * W_ROWS + n], odd[n], piece);
             }
         }
     }
@@ -232,27 +243,41 @@ template <int KIND, class E, int W_ROWS, int ROWS, bool KEEPS = false> void few(
 
 // More rows, or blocks that straddle rows: some rows of W are unpacked into a tile that stays in the first caches, and meet a
 // panel of x's rows at a time, so that a load of either serves several multiply-adds while all sums stay in registers.
+//
+// An x that is too large for the second cache would come from the third for each tile.  It is taken a stretch of columns at a
+// time instead, of which a panel's part stays in the first cache while it meets a group of tiles.
+//
+// What a group of tiles gives is a cache line of each row of y, written at once: rows of y a power of two apart share a few
+// places of the cache, and a line that is written bit by bit would be pushed out in between.
 #if defined(__AVX512F__) || defined(NEON)
 const int PANEL = 6, TILE = 4;                      // 24 sums in 32 registers
 #else
 const int PANEL = 3, TILE = 4;                      // 12 in 16
 #endif
+const int GROUP = 8;                                // tiles
+const int64_t SECOND_CACHE = 768 << 10;             // bytes of x that it holds beside a tile
+const int64_t STRETCH = 4096 / WIDTH;               // registers
 
-template <class E, int ROWS> void multiply_tile(const char* tile, int64_t stride, const typename E::type* x, int64_t registers,
-                                                float* sums) {
-    Floats sum[TILE * ROWS] = {};
+// Sums of a tile and a panel over some registers, or added to what is there; a row's AT_ONCE numbers behind the row's before.
+template <class E, int AT_ONCE> void multiply_tile(const char* tile, int64_t stride, const typename E::type* x,
+                                                   int64_t registers, bool add, float* sums) {
+    Floats sum[PANEL * TILE] = {};
     for (int64_t s = 0; s < registers; ++s) {
         Words weight[TILE];
         UNROLL for (int n = 0; n < TILE; ++n) weight[n] = load<Words>(tile + n * stride + WIDTH * s);
-        UNROLL for (int r = 0; r < ROWS; ++r) {
-            Words piece = load<Words>(x + (s * ROWS + r) * E::COUNT);
-            UNROLL for (int n = 0; n < TILE; ++n) sum[n * ROWS + r] = E::step(sum[n * ROWS + r], weight[n], piece);
+        UNROLL for (int r = 0; r < PANEL; ++r) {
+            Words piece = load<Words>(x + (s * PANEL + r) * E::COUNT);
+            UNROLL for (int n = 0; n < TILE; ++n) sum[r * TILE + n] = E::step(sum[r * TILE + n], weight[n], piece);
         }
     }
-    totals<TILE * ROWS>(sum, sums);
+    float total[PANEL * TILE];
+    totals<PANEL * TILE>(sum, total);
+    for (int r = 0; r < PANEL; ++r)
+        UNROLL for (int n = 0; n < TILE; ++n)
+            sums[r * AT_ONCE + n] = add ? sums[r * AT_ONCE + n] + total[r * TILE + n] : total[r * TILE + n];
 }
 
-// Weights first … last in the type they are multiplied in: as they are, or bfloat16 widened to float32.
+// Weights first … last in the type they are multiplied in, in order: as they are, or bfloat16 widened to float32.
 template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last, uint16_t* to) {
     unpack<KIND>(w, first, last, to);
 }
@@ -263,23 +288,72 @@ template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last
     for (int64_t i = 0; i < last - first; ++i) copy(to + i, half + i);
 }
 
-template <int KIND, class E> void many(const Product& p) {
+// The same as registers of even and of odd ones, in half the time; `first` and `last` and all blocks are pairs of registers.
+template <class E> void unpack_split(const Packed& w, int64_t first, int64_t last, typename E::type* to) {
+    const Table code = load_table(w.code);
+    float absmax[128];
+    int64_t block = first / w.blocksize, ready = block;             // constants of `block` … `ready` are there
+    for (const float* constant = absmax; first < last; ++block, ++constant) {
+        if (block == ready) {
+            ready = smaller(block + 128, (last - 1) / w.blocksize + 1);
+            decode_absmax(w, block, ready - block, absmax);
+            constant = absmax;
+        }
+        const Table table = E::table(code, *constant);
+        const uint8_t* packed = w.packed + first / 2;
+        __builtin_prefetch(packed + 1024);
+        for (const int64_t stop = smaller(last, (block + 1) * w.blocksize); first < stop; first += 2 * E::COUNT) {
+            Words even, odd;
+            E::weights(table, packed, even, odd);
+            store(to, even);
+            store(to + E::COUNT, odd);
+            to += 2 * E::COUNT;
+            packed += E::COUNT;
+        }
+    }
+}
+
+template <int KIND, class E> void many(const Product& p, bool split) {
     typedef typename E::type T;
+    typedef typename Stored<KIND>::type To;
+    const int AT_ONCE = GROUP * TILE;                               // rows of W
     const int64_t registers = ceil_div(p.in, E::COUNT), panels = ceil_div(p.rows, PANEL), panel = PANEL * registers * E::COUNT;
+    const bool fits = panels * panel * (int64_t)sizeof(T) <= SECOND_CACHE;
+    const int64_t stretch = fits ? registers : smaller(STRETCH, registers), tiles = fits ? 1 : GROUP;   // that meet it together
     // Trap: rows a power of two apart share a few places of the cache; an odd number of cache lines between them doesn't.
-    const int64_t stride = 64 * (ceil_div(registers * WIDTH, 64) | 1);
+    const int64_t stride = 64 * (ceil_div(stretch * WIDTH, 64) | 1);
     Scratch<T> x(panels * panel);
-    for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * PANEL, PANEL, false, x.data + i * panel);
-    parallel(p.threads, ceil_div(p.out, TILE), [&](int64_t from, int64_t to) {
-        Scratch<char> tile(TILE * stride);
-        memset(tile.data, 0, TILE * stride);
-        Sums<TILE * PANEL> sums;
-        for (int64_t row = from * TILE; row < smaller(to * TILE, p.out); row += TILE) {
-            for (int64_t n = row; n < smaller(row + TILE, p.out); ++n)
-                unpack_for<E::WEIGHT>(p.w, n * p.in, (n + 1) * p.in, (T*)(tile.data + (n - row) * stride));
-            for (int64_t i = 0; i < panels; ++i) {
-                multiply_tile<E, PANEL>(tile.data, stride, x.data + i * panel, registers, sums.at);
-                store_sums<KIND, TILE, PANEL>(p, sums, row, i * PANEL);
+    for (int64_t i = 0; i < panels; ++i) arrange<KIND, E>(p, i * PANEL, PANEL, split, x.data + i * panel);
+    parallel(p.threads, ceil_div(p.out, AT_ONCE), [&](int64_t from, int64_t to) {
+        Scratch<char> tile(tiles * TILE * stride);
+        Scratch<float> sums(panels * PANEL * AT_ONCE);              // (rows of x, rows of W)
+        memset(tile.data, 0, tiles * TILE * stride);
+        for (int64_t row = from * AT_ONCE; row < smaller(to * AT_ONCE, p.out); row += AT_ONCE) {
+            const int64_t w_rows = smaller(AT_ONCE, p.out - row);
+            for (int64_t s = 0; s < registers; s += stretch) {
+                const int64_t width = smaller(stretch, registers - s), count = smaller(width * E::COUNT, p.in - s * E::COUNT);
+                for (int64_t first = 0; first < w_rows; first += tiles * TILE) {
+                    const int64_t some = smaller(tiles * TILE, w_rows - first);
+                    for (int64_t n = 0; n < some; ++n) {
+                        const int64_t start = (row + first + n) * p.in + s * E::COUNT;
+                        T* weights = (T*)(tile.data + n * stride);
+                        if (split) unpack_split<E>(p.w, start, start + count, weights);
+                        else unpack_for<E::WEIGHT>(p.w, start, start + count, weights);
+                        for (int64_t k = count; k < width * E::COUNT; ++k) weights[k] = 0;
+                    }
+                    for (int64_t i = 0; i < panels; ++i)
+                        for (int64_t n = 0; n < some; n += TILE)
+                            multiply_tile<E, AT_ONCE>(tile.data + n * stride, stride, x.data + i * panel + s * PANEL * E::COUNT,
+                                                    width, s > 0, sums.data + i * PANEL * AT_ONCE + first + n);
+                }
+            }
+            for (int64_t r = 0; r < p.rows; ++r) {
+                float* sum = sums.data + r * AT_ONCE;
+                if (p.bias)
+                    for (int64_t n = 0; n < w_rows; ++n) sum[n] += p.bias[row + n];
+                To rounded[AT_ONCE];
+                round_sums<KIND, AT_ONCE>(sum, rounded);
+                put<AT_ONCE>((To*)p.y + r * p.out + row, rounded, w_rows);
             }
         }
     });
@@ -295,7 +369,7 @@ const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tab
 
 template <int KIND, class E> void product(const Product& p) {
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are blocks, and these registers
-    if (!whole || p.rows > E::FEW) return many<KIND, E>(p);
+    if (!whole || p.rows > E::FEW) return many<KIND, E>(p, whole);
     if constexpr (E::WEIGHT == FLOAT32)                         // see `one_short_row`
         if (p.rows == 1) return few<KIND, E, FOR_ONE, 1>(p);
     if (p.rows <= 2) few<KIND, E, FOR_TWO, 2>(p);

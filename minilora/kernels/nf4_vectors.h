@@ -89,6 +89,18 @@ INLINE Words widen(const uint16_t* from) {
 #endif
 }
 
+// The lower half of each; the upper one is zero.
+INLINE void store_halves(uint16_t* to, Words v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)v));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+#else
+    UNROLL for (int i = 0; i < LANES; ++i) to[i] = (uint16_t)v[i];
+#endif
+}
+
 // The lowest byte of each.
 INLINE void store_bytes(uint8_t* to, Longs v) {
 #if defined(__AVX512F__)
