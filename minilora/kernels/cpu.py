@@ -10,6 +10,7 @@ caller's to set, and code that is told an address believes it.
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from minilora.kernels.build import NATIVE, at_first_call, load
 SOURCES = Path(__file__).with_name("nf4_cpu.cpp"), Path(__file__).with_name("nf4_product.cpp")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to so many rows of x the fused product is faster than unpacking and torch's product, measured on two AMD EPYC cores with
-# AVX-512 (11008 × 4096: the lines cross at 112 rows of bfloat16 and 330 of float32); the other forms on the same machine, but
-# bfloat16 with AVX2 on two that have no more, where torch's product is float32's (`layers.dense`): between 64 and 128 rows.
-FUSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 96, torch.float32: 256},
+# AVX-512; the other forms on the same machine, but bfloat16 with AVX2 on two that have no more, where torch's product is
+# float32's (`layers.dense`): between 64 and 128 rows.  In float32 torch's product is half as fast, however many rows.
+ANY = sys.maxsize
+FUSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 192, torch.float32: ANY},
               "AVX-512": {torch.bfloat16: 16, torch.float32: 128},
               "AVX2": {torch.bfloat16: 64, torch.float32: 64}}
+# The same of the product with W transposed.  In bfloat16 torch's is as fast, and faster for few rows.
+TRANSPOSED_ROWS = {"AVX-512 with bfloat16 products": {torch.float32: ANY}, "AVX-512": {torch.float32: 128}}
 FUSED_ROWS_ELSEWHERE = {torch.bfloat16: 3, torch.float32: 4}
 
 
@@ -78,6 +82,8 @@ class Kernel:
         self._product = library.nf4_product
         self._product.argtypes = [pointer, number, number, pointer, number, integer, pointer, pointer, integer]
         self._product.restype = None
+        self._transposed = library.nf4_product_transposed
+        self._transposed.argtypes = [pointer, number, number, pointer, number, integer, pointer, integer]
         self._quantize = library.nf4_quantize
         self._quantize.argtypes = [pointer, integer, number, pointer, number, pointer, pointer, integer, integer]
         self._quantize_bytes = library.nf4_quantize_bytes
@@ -92,6 +98,7 @@ class Kernel:
         library.nf4_machine.restype = ctypes.c_char_p
         self.machine: str = library.nf4_machine().decode()      # "AVX-512", "AVX2", "NEON", "plain C++"
         self.fused_rows = FUSED_ROWS.get(self.machine, FUSED_ROWS_ELSEWHERE)
+        self.transposed_rows: dict[torch.dtype, int] = TRANSPOSED_ROWS.get(self.machine, {})
 
     def dequantize(self, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
         """Unpack, look up, scale and round in one pass, the constants decoded on the way.
@@ -128,6 +135,19 @@ class Kernel:
         self._product(ctypes.byref(weight), out_features, in_features, _address(x, x.dtype), rows, KINDS[x.dtype],
                       _address(bias, torch.float32), y.data_ptr(), torch.get_num_threads())
         return y
+
+    def product_transposed(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int,
+                           in_features: int) -> Tensor | None:
+        """``x W``, the way of a gradient: (rows, out) -> (rows, in); the rest as in `product`, with `out` terms to a sum.
+
+        Returns: None without AVX-512, or where blocks straddle rows or are no multiple of 64: nothing was done.
+        """
+        rows, out_features = x.shape
+        y = x.new_empty(rows, in_features)
+        weight = self.weight(packed, constants, code, blocksize, out_features * in_features)
+        done = self._transposed(ctypes.byref(weight), out_features, in_features, _address(x, x.dtype), rows, KINDS[x.dtype],
+                                y.data_ptr(), torch.get_num_threads())
+        return y if done else None
 
     def dense_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x Wᵀ`` for at most `dense_rows` rows of x and a dense W.

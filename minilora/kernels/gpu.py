@@ -113,6 +113,11 @@ class Kernel(Launcher):
         self.shuffled = torch.version.hip is None       # the shuffle is written in the language of NVIDIA's GPUs
         self.fused_rows = FUSED_ROWS if tensor_cores else FUSED_ROWS_WITHOUT
 
+    @property
+    def transposed_rows(self) -> dict[torch.dtype, int]:
+        """Up to so many rows of x `product_transposed` is faster than unpacking and torch's product."""
+        return self.fused_rows
+
     def dequantize(self, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
         """Unpack, look up, scale and round in one kernel, the constants decoded on the way.
 

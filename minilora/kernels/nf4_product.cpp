@@ -14,7 +14,9 @@
 //
 // Lesson 17 explains it.
 
+#include "nf4_call.h"
 #include "nf4_one_row.h"
+#include "nf4_turned.h"
 
 namespace {
 
@@ -63,26 +65,6 @@ struct ShortSingles : Singles {
 };
 #endif
 
-template <int KIND> struct Input { typedef uint16_t type; };
-template <> struct Input<FLOAT32> { typedef float type; };
-
-inline void copy(float* to, const float* from) { *to = *from; }
-inline void copy(uint16_t* to, const uint16_t* from) { *to = *from; }
-inline void copy(float* to, const uint16_t* from) {
-    uint32_t bits = (uint32_t)*from << 16;
-    memcpy(to, &bits, sizeof bits);
-}
-
-struct Product {
-    const Packed& w;
-    int64_t out, in;
-    const void* x;                      // (rows, in)
-    int64_t rows;
-    const float* bias;                  // (out), or null
-    void* y;                            // (rows, out)
-    int threads;
-};
-
 #if defined(__AVX512BW__)
 const Words EVERY_SECOND = {0x20000, 0x60004, 0xa0008, 0xe000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c,     // halves 0, 2, 4
                             0x220020, 0x260024, 0x2a0028, 0x2e002c, 0x320030, 0x360034, 0x3a0038, 0x3e003c};
@@ -114,20 +96,6 @@ template <int KIND, class E> void arrange(const Product& p, int64_t first, int r
             else
                 for (int64_t k = 0; k < count; ++k) copy(piece + k, from + k);
         }
-}
-
-// COUNT sums, whole registers of them, rounded once.
-template <int KIND, int COUNT> INLINE void round_sums(const float* sums, typename Stored<KIND>::type* to) {
-    for (int i = 0; i < COUNT; i += LANES) {
-        if constexpr (KIND == BFLOAT16) store_halves(to + i, to_bfloat16(load<Floats>(sums + i)));
-        else store(to + i, load<Words>(sums + i));
-    }
-}
-
-// `count` of COUNT results to where they belong.  Of a size that is known it is an instruction or two.
-template <int COUNT, class To> INLINE void put(To* y, const To* results, int64_t count) {
-    if (count == COUNT) memcpy(y, results, COUNT * sizeof(To));
-    else memcpy(y, results, count * sizeof(To));
 }
 
 // sums (ROWS, W_ROWS) of x's rows first … and weight rows row …, as far as there are such, to y.
@@ -315,7 +283,6 @@ template <class E> void unpack_split(const Packed& w, int64_t first, int64_t las
 
 template <int KIND, class E> void many(const Product& p, bool split) {
     typedef typename E::type T;
-    typedef typename Stored<KIND>::type To;
     const int AT_ONCE = GROUP * TILE;                               // rows of W
     const int64_t registers = ceil_div(p.in, E::COUNT), panels = ceil_div(p.rows, PANEL), panel = PANEL * registers * E::COUNT;
     const bool fits = panels * panel * (int64_t)sizeof(T) <= SECOND_CACHE;
@@ -347,14 +314,7 @@ template <int KIND, class E> void many(const Product& p, bool split) {
                                                     width, s > 0, sums.data + i * PANEL * AT_ONCE + first + n);
                 }
             }
-            for (int64_t r = 0; r < p.rows; ++r) {
-                float* sum = sums.data + r * AT_ONCE;
-                if (p.bias)
-                    for (int64_t n = 0; n < w_rows; ++n) sum[n] += p.bias[row + n];
-                To rounded[AT_ONCE];
-                round_sums<KIND, AT_ONCE>(sum, rounded);
-                put<AT_ONCE>((To*)p.y + r * p.out + row, rounded, w_rows);
-            }
+            store_lines<KIND, AT_ONCE>(p, sums.data, row, w_rows);
         }
     });
 }
@@ -369,6 +329,9 @@ const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tab
 
 template <int KIND, class E> void product(const Product& p) {
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are blocks, and these registers
+#if defined(__AVX512F__)
+    if (whole && p.rows > E::FEW) return turned_in_parts<KIND, E, false>(p);
+#endif
     if (!whole || p.rows > E::FEW) return many<KIND, E>(p, whole);
     if constexpr (E::WEIGHT == FLOAT32)                         // see `one_short_row`
         if (p.rows == 1) return few<KIND, E, FOR_ONE, 1>(p);
@@ -401,4 +364,18 @@ extern "C" void nf4_product(const Packed* w, int64_t out, int64_t in, const void
     if (kind == FLOAT32) product<FLOAT32, Singles>(p);
     else if (rows == 1) one_short_row(p);
     else product<BFLOAT16, ShortSingles>(p);
+}
+
+// y (rows, in) = x (rows, out) W, of the same types; or false, and nothing was done.
+extern "C" int nf4_product_transposed(const Packed* w, int64_t out, int64_t in, const void* x, int64_t rows, int kind, void* y,
+                                int threads) {
+#if defined(__AVX512F__)
+    if (in % w->blocksize == 0 && w->blocksize % 64 == 0) {
+        Product p = {*w, in, out, x, rows, nullptr, y, out * in < 4 * ALONE / (rows + 1) ? 1 : threads};
+        if (kind == FLOAT32) turned_in_parts<FLOAT32, Singles, true>(p);
+        else turned_in_parts<BFLOAT16, ShortSingles, true>(p);
+        return 1;
+    }
+#endif
+    return 0;
 }

@@ -181,11 +181,11 @@ class NF4Tensor:
             rounded once (tests/kernels/test_product.py and test_gpu.py state the bounds).
         """
         kernel = _kernel(self.device, x.dtype)
-        if (kernel is None or x.device != self.device or len(x) > kernel.fused_rows.get(x.dtype, 0)
-                or (transposed and not isinstance(kernel, gpu.Kernel))):
+        if kernel is None or x.device != self.device or len(x) > (
+                kernel.transposed_rows if transposed else kernel.fused_rows).get(x.dtype, 0):
             return None
         weight, x = self.for_kernel(), x.detach().contiguous()
-        if transposed and isinstance(kernel, gpu.Kernel):
+        if transposed:
             return kernel.product_transposed(x, *weight, self.shape[1])
         return kernel.product(x, *weight, self.shape[0], None if bias is None else bias.detach().float().contiguous())
 

@@ -11,6 +11,7 @@ from minilora import NF4Linear
 from minilora.kernels import cpu
 from minilora.layers import scratch
 from minilora.layers.nf4_linear import FUSED_WEIGHTS
+from minilora.quant.nf4 import NF4Tensor
 
 CPU = torch.device("cpu")
 
@@ -47,10 +48,14 @@ def test_a_buffer_made_in_inference_mode_serves_training() -> None:
 
 
 @pytest.mark.parametrize("size", [96, 768])         # below and above FUSED_WEIGHTS
-@pytest.mark.parametrize("rows", [1, 300])          # below and above every `fused_rows`
-def test_results_and_gradients_survive_the_next_layers(size: int, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 300])          # below and above every `fused_rows` but one that has no end
+@pytest.mark.parametrize("fused", ["as ever", "never"])
+def test_results_and_gradients_survive_the_next_layers(size: int, rows: int, fused: str,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     assert 96 * 96 < FUSED_WEIGHTS <= 768 * 768
-    assert all(limit < 300 for limits in cpu.FUSED_ROWS.values() for limit in limits.values())
+    assert all(limit < 300 or limit == cpu.ANY for limits in cpu.FUSED_ROWS.values() for limit in limits.values())
+    if fused == "never":
+        monkeypatch.setattr(NF4Tensor, "fused_product", lambda *_: None)
     torch.manual_seed(0)
     layers = [NF4Linear.from_linear(nn.Linear(size, size)) for _ in range(3)]
     x = torch.randn(rows, size, requires_grad=True)
