@@ -23,13 +23,15 @@ SOURCES = Path(__file__).with_name("nf4_cpu.cpp"), Path(__file__).with_name("nf4
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to so many rows of x the fused product is faster than unpacking and torch's product, measured on two AMD EPYC cores with
 # AVX-512; the other forms on the same machine, but bfloat16 with AVX2 on two that have no more, where torch's product is
-# float32's (`layers.dense`): between 64 and 128 rows.  In float32 torch's product is half as fast, however many rows.
+# float32's (`layers.dense`): between 64 and 128 rows.  With more rows of bfloat16 both take as long.  In float32 torch's
+# product takes twice as long, however many rows.
 ANY = sys.maxsize
 FUSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 192, torch.float32: ANY},
               "AVX-512": {torch.bfloat16: 16, torch.float32: 128},
               "AVX2": {torch.bfloat16: 64, torch.float32: 64}}
-# The same of the product with W transposed.  In bfloat16 torch's is as fast, and faster for few rows.
-TRANSPOSED_ROWS = {"AVX-512 with bfloat16 products": {torch.float32: ANY}, "AVX-512": {torch.float32: 128}}
+# The same of the product with W transposed.
+TRANSPOSED_ROWS = {"AVX-512 with bfloat16 products": {torch.bfloat16: 192, torch.float32: ANY},
+                   "AVX-512": {torch.float32: 128}}
 FUSED_ROWS_ELSEWHERE = {torch.bfloat16: 3, torch.float32: 4}
 
 

@@ -20,6 +20,8 @@ namespace {
 const int PLACES = 32;                                          // of a tile: two registers
 const int STEPS = 128;                                          // of a tile: a row's register of codes, in bfloat16 two
 const int ACROSS = 128;                                         // columns whose codes share a cache line
+const int64_t THIRD_CACHE = 4 << 20;                            // bytes of x that it holds beside what others keep there
+const int AHEAD_STEPS = 8;                                      // that a line of codes is asked for before it is needed
 const int X_ROWS = 12;                                          // of a panel: 24 sums, two registers of weights and one of x
 
 // Place j of register r becomes place r of register j.
@@ -98,7 +100,7 @@ template <class E> void unpack_turned(const Packed& w, int64_t in, int64_t row, 
         }
 }
 
-// Tiles for g W: columns `column` … + count of some rows of W, a step or two of them each.  There are `rows`; past them are zeros.
+// Tiles for x W: columns `column` … + count of W's rows from `row` on, one to a step or two.  Past the last of `rows` are zeros.
 template <class E> void unpack_across(const Packed& w, int64_t rows, int64_t in, int64_t row, int64_t steps, int64_t column,
                                       int64_t count, uint32_t* to) {
     const int A_STEP = 4 / sizeof(typename E::type);
@@ -108,6 +110,8 @@ template <class E> void unpack_across(const Packed& w, int64_t rows, int64_t in,
     for (int64_t s = 0; s < steps; ++s) {
         const int64_t at = row + s * A_STEP, there = smaller(A_STEP, rows - at);
         for (int64_t h = 0; h < there; ++h) decode_absmax(w, (at + h) * blocks + first, some, absmax[h]);
+        // Rows lie kilobytes apart: no processor guesses the next line by itself.
+        for (int h = 0; h < A_STEP; ++h) __builtin_prefetch(w.packed + ((at + AHEAD_STEPS * A_STEP + h) * in + column) / 2);
         for (int64_t c = 0; c < count; c += 16) {
             Floats weights[A_STEP] = {};
             for (int64_t h = 0; h < there; ++h) {
@@ -119,29 +123,29 @@ template <class E> void unpack_across(const Packed& w, int64_t rows, int64_t in,
     }
 }
 
-// Sums (ROWS, PLACES) over some steps, or added to what is there.
-template <class E, int ROWS> void multiply_turned(const uint32_t* weights, const uint32_t* x, int64_t steps, bool add,
+// Sums (X_ROWS, PLACES) over some steps, or added to what is there.
+template <class E> void multiply_turned(const uint32_t* weights, const uint32_t* x, int64_t steps, bool add,
                                                   float* sums) {
-    Floats sum[2 * ROWS];
-    UNROLL for (int i = 0; i < 2 * ROWS; ++i) sum[i] = add ? load<Floats>(sums + i * 16) : Floats{};
+    Floats sum[2 * X_ROWS];
+    UNROLL for (int i = 0; i < 2 * X_ROWS; ++i) sum[i] = add ? load<Floats>(sums + i * 16) : Floats{};
     for (int64_t s = 0; s < steps; ++s) {
         const Words first = load<Words>(weights + s * PLACES), second = load<Words>(weights + s * PLACES + 16);
-        UNROLL for (int r = 0; r < ROWS; ++r) {
-            const Words piece = (Words)_mm512_set1_epi32((int)x[s * ROWS + r]);
+        UNROLL for (int r = 0; r < X_ROWS; ++r) {
+            const Words piece = (Words)_mm512_set1_epi32((int)x[s * X_ROWS + r]);
             sum[2 * r] = E::step(sum[2 * r], first, piece);
             sum[2 * r + 1] = E::step(sum[2 * r + 1], second, piece);
         }
     }
-    UNROLL for (int i = 0; i < 2 * ROWS; ++i) store(sums + i * 16, sum[i]);
+    UNROLL for (int i = 0; i < 2 * X_ROWS; ++i) store(sums + i * 16, sum[i]);
 }
 
 // x's rows as `multiply_turned` reads them: a panel's rows side by side, step after step.
-template <int KIND, class E> void arrange_turned(const Product& p, int64_t first, int64_t rows, int64_t steps, uint32_t* to) {
+template <int KIND, class E> void arrange_turned(const Product& p, int64_t first, int64_t steps, uint32_t* to) {
     typedef typename Input<KIND>::type From;
     const int64_t a_step = 4 / sizeof(typename E::type);
     for (int64_t s = 0; s < steps; s += 16) {
         __m512i v[16] = {};
-        for (int64_t r = 0; r < rows && first + r < p.rows; ++r) {
+        for (int64_t r = 0; r < smaller(X_ROWS, p.rows - first); ++r) {
             alignas(64) typename E::type piece[16 * 4 / sizeof(typename E::type)] = {};
             const From* from = (const From*)p.x + (first + r) * p.in + s * a_step;
             const int64_t count = smaller(16 * a_step, p.in - s * a_step);
@@ -149,11 +153,9 @@ template <int KIND, class E> void arrange_turned(const Product& p, int64_t first
             v[r] = _mm512_load_si512(piece);
         }
         turn(v);
-        for (int64_t k = 0; k < smaller(16, steps - s); ++k) memcpy(to + (s + k) * rows, v + k, rows * sizeof *to);
+        for (int64_t k = 0; k < smaller(16, steps - s); ++k) memcpy(to + (s + k) * X_ROWS, v + k, X_ROWS * sizeof *to);
     }
 }
-
-const int64_t THIRD_CACHE = 4 << 20;                // bytes of x that it holds beside what others keep there
 
 // y = x Wᵀ, or TRANSPOSED y = x W; p.in is how many numbers a row of x has, and p.out a row of y.
 template <int KIND, class E, bool TRANSPOSED> void turned(const Product& p) {
@@ -162,7 +164,7 @@ template <int KIND, class E, bool TRANSPOSED> void turned(const Product& p) {
     Scratch<uint32_t> x(panels * X_ROWS * steps);
     parallel(p.threads, panels, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i)
-            arrange_turned<KIND, E>(p, i * X_ROWS, X_ROWS, steps, x.data + i * X_ROWS * steps);
+            arrange_turned<KIND, E>(p, i * X_ROWS, steps, x.data + i * X_ROWS * steps);
     });
     parallel(p.threads, ceil_div(p.out, places), [&](int64_t from, int64_t to) {
         Scratch<uint32_t> tiles(STEPS * places);
@@ -177,7 +179,7 @@ template <int KIND, class E, bool TRANSPOSED> void turned(const Product& p) {
                 else unpack_turned<E>(p.w, p.in, place, there, s * a_step, some * a_step, absmax.data, tiles.data);
                 for (int64_t t = 0; t < ceil_div(there, PLACES); ++t)
                     for (int64_t i = 0; i < panels; ++i)
-                        multiply_turned<E, X_ROWS>(tiles.data + t * STEPS * PLACES, x.data + (i * steps + s) * X_ROWS, some,
+                        multiply_turned<E>(tiles.data + t * STEPS * PLACES, x.data + (i * steps + s) * X_ROWS, some,
                                                    s > 0, sums.data + (t * panels + i) * X_ROWS * PLACES);
             }
             for (int64_t t = 0; t < there; t += PLACES)
@@ -191,8 +193,9 @@ template <int KIND, class E, bool TRANSPOSED> void turned_in_parts(const Product
     const int64_t width = sizeof(typename Stored<KIND>::type);
     const int64_t most = X_ROWS * (8 + THIRD_CACHE / (p.in * (int64_t)sizeof(typename E::type) * X_ROWS));
     for (int64_t first = 0; first < p.rows; first += most)
-        turned<KIND, E, TRANSPOSED>(Product{p.w, p.out, p.in, (const char*)p.x + first * p.in * width, smaller(most, p.rows - first), p.bias,
-                                      (char*)p.y + first * p.out * width, p.threads});
+        turned<KIND, E, TRANSPOSED>(Product{p.w, p.out, p.in, (const char*)p.x + first * p.in * width,
+                                            smaller(most, p.rows - first), p.bias, (char*)p.y + first * p.out * width,
+                                            p.threads});
 }
 
 }  // namespace
