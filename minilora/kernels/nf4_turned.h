@@ -100,11 +100,12 @@ template <class E> void unpack_turned(const Packed& w, int64_t in, int64_t row, 
         }
 }
 
-// Tiles for x W: columns `column` … + count of W's rows from `row` on, one to a step or two.  Past the last of `rows` are zeros.
+// Tiles for x W: columns `column` … + count of W's rows from `row` on, one or two to a step; past the last of `rows` are zeros.
 template <class E> void unpack_across(const Packed& w, int64_t rows, int64_t in, int64_t row, int64_t steps, int64_t column,
                                       int64_t count, uint32_t* to) {
     const int A_STEP = 4 / sizeof(typename E::type);
-    const int64_t blocks = in / w.blocksize, first = column / w.blocksize, some = (column + count - 1) / w.blocksize + 1 - first;
+    const int64_t blocks = in / w.blocksize, first = column / w.blocksize;
+    const int64_t some = (column + count - 1) / w.blocksize + 1 - first;        // blocks of a row
     const Table code = load_table(w.code);
     float absmax[A_STEP][ACROSS / 16];
     for (int64_t s = 0; s < steps; ++s) {

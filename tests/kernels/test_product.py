@@ -11,13 +11,20 @@ from minilora.kernels.cpu import Constants, Kernel
 from minilora.quant.codebooks import DYNAMIC_8BIT, NF4_CODE
 from minilora.quant.nf4 import NF4Tensor
 
-SHAPES = [(1, 64), (5, 128), (40, 96), (33, 4096), (9, 33), (6, 1), (64, 640), (130, 256)]
+SHAPES = [(1, 64), (5, 128), (40, 96), (33, 4096), (9, 33), (6, 1), (64, 640), (130, 256), (37, 192), (6, 14336)]
+
+
+def constants(q: NF4Tensor) -> Constants:
+    return Constants(q.absmax) if q.nested is None else Constants(
+        None, q.nested.codes, DYNAMIC_8BIT, q.nested.absmax, q.nested.offset, q.nested.blocksize)
 
 
 def product(kernel: Kernel, q: NF4Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    constants = Constants(q.absmax) if q.nested is None else Constants(
-        None, q.nested.codes, DYNAMIC_8BIT, q.nested.absmax, q.nested.offset, q.nested.blocksize)
-    return kernel.product(x, q.packed, constants, NF4_CODE, q.blocksize, q.shape[0], bias)
+    return kernel.product(x, q.packed, constants(q), NF4_CODE, q.blocksize, q.shape[0], bias)
+
+
+def transposed(kernel: Kernel, q: NF4Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    return kernel.product_transposed(x, q.packed, constants(q), NF4_CODE, q.blocksize, q.shape[1])
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,15 +37,19 @@ def error_in_units_of_the_bound(q: NF4Tensor, x: torch.Tensor, y: torch.Tensor, 
     w in x's type; for one row as it is, in float32.
     """
     w, x64 = q.dequantize(torch.float32 if len(x) == 1 else x.dtype).double(), x.double()
-    exact, size = x64 @ w.T, x64.abs() @ w.abs().T
+    return error_of(x64, w.T, y, bias)
+
+
+def error_of(x64: torch.Tensor, w64: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    exact, size = x64 @ w64, x64.abs() @ w64.abs()
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     last = 2.0 ** -8 if y.dtype == torch.bfloat16 else 2.0 ** -24
-    bound = (x.shape[1] + 2) * 2.0 ** -24 * size * (1 + last) + last * exact.abs() + 1e-36
+    bound = (x64.shape[1] + 2) * 2.0 ** -24 * size * (1 + last) + last * exact.abs() + 1e-36
     return float(((y.double() - exact).abs() / bound).max())
 
 
-@given(shape=st.sampled_from(SHAPES), rows=st.integers(1, 20) | st.sampled_from((33, 48, 49, 61)),
+@given(shape=st.sampled_from(SHAPES), rows=st.integers(1, 20) | st.sampled_from((33, 48, 49, 61, 97, 250)),
        blocksize=st.sampled_from((7, 32, 64, 128, 4096)), double_quant=st.booleans(), biased=st.booleans(),
        dtype=st.sampled_from((torch.float32, torch.bfloat16)))
 def test_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, shape: tuple[int, int], rows: int, blocksize: int,
@@ -49,6 +60,53 @@ def test_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, shape: t
     assert y.shape == (rows, shape[0]) and y.dtype == dtype
     worst = error_in_units_of_the_bound(q, x, y, bias)
     assert worst <= 1, f"off by {worst:.2f} times the bound"
+
+
+@given(shape=st.sampled_from([*SHAPES, (1, 2048), (333, 1024)]), rows=st.integers(1, 30) | st.sampled_from((97, 250)),
+       blocksize=st.sampled_from((7, 32, 64, 128, 192, 4096)), double_quant=st.booleans(),
+       dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+def test_transposed_products_lie_within_the_rounding_of_their_sums(kernel: Kernel, shape: tuple[int, int], rows: int,
+                                                                   blocksize: int, double_quant: bool,
+                                                                   dtype: torch.dtype) -> None:
+    q, x = quantize_nf4(normal(*shape), blocksize, double_quant), normal(rows, shape[0], seed=1).to(dtype)
+    y = transposed(kernel, q, x)
+    block = min(q.blocksize, shape[0] * shape[1])
+    whole = shape[1] % block == 0 and block % 64 == 0
+    assert (y is not None) == (whole and "AVX-512" in kernel.machine)
+    if y is not None:
+        assert y.shape == (rows, shape[1]) and y.dtype == dtype
+        worst = error_of(x.double(), q.dequantize(dtype).double(), y)
+        assert worst <= 1, f"off by {worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_each_weight_meets_its_own_element_of_x(kernel: Kernel, dtype: torch.dtype) -> None:
+    for out, columns, blocksize in ((7, 256, 64), (301, 640, 128), (40, 192, 192), (1, 64, 64)):
+        q = quantize_nf4(normal(out, columns), blocksize)
+        y = transposed(kernel, q, torch.eye(out, dtype=dtype))
+        assert y is None or torch.equal(y, q.dequantize(dtype))
+        assert (y is None) == ("AVX-512" not in kernel.machine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: Kernel, dtype: torch.dtype) -> None:
+    q, x = quantize_nf4(normal(515, 1024)), normal(130, 515, seed=1).to(dtype)
+    if "AVX-512" not in kernel.machine:
+        return
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for rows in (1, 11, 12, 13, 130):
+                y = transposed(kernel, q, x[:rows].contiguous())
+                assert y is not None
+                results.append(y)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(y, results[-1][: len(y)]) for y in results)
+    x[5, 77] = float("nan")
+    y = transposed(kernel, q, x)
+    assert y is not None and y[5].isnan().all() and y[:5].isfinite().all() and y[6:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,7 +157,7 @@ def test_each_weight_meets_its_own_element_of_x(kernel: Kernel, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: Kernel, dtype: torch.dtype) -> None:
     q = quantize_nf4(normal(1030, 512))
-    x = normal(70, 512, seed=1).to(dtype)
+    x = normal(250, 512, seed=1).to(dtype)
     threads = torch.get_num_threads()
     try:
         one, few, many, most = [], [], [], []
@@ -108,7 +166,7 @@ def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: 
             one += [product(kernel, q, x[:1])]
             few += [product(kernel, q, x[:rows].contiguous()) for rows in (2, 3, 4, 7, 8, 9, 16)]
             many += [product(kernel, q, x[:rows].contiguous()) for rows in (17, 23, 40)]
-            most += [product(kernel, q, x[:rows].contiguous()) for rows in (49, 70)]
+            most += [product(kernel, q, x[:rows].contiguous()) for rows in (49, 70, 250)]
     finally:
         torch.set_num_threads(threads)
     # One row of bfloat16 meets other weights, those that are not rounded.
@@ -119,7 +177,7 @@ def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_threads(kernel: 
 
 def test_infinities_and_nan_in_x_reach_their_own_rows_only(kernel: Kernel) -> None:
     q = quantize_nf4(normal(12, 128))
-    for rows in (3, 20):
+    for rows in (3, 20, 60):
         for dtype in (torch.float32, torch.bfloat16):
             x = normal(rows, 128, seed=1).to(dtype)
             x[1, 77] = float("nan")
