@@ -186,7 +186,37 @@ assert round(dense_read / codes_read, 2) == 3.56
 
 # %% [markdown]
 # That is why a 4-bit layer can be *faster* than a dense one when tokens are generated one by one: 3.56 times fewer bytes.
-# In training, where hundreds of rows meet each weight, the products take the time, and it cannot.
+# In training, where hundreds of rows meet each weight, the products take the time, and all that unpacking can do is to stay out
+# of their way.
+#
+# ## Turned while they are codes
+#
+# There are two ways to multiply with registers. In the first one holds sixteen weights of *one row* of W, and at the end its
+# sixteen sums are added up to one. In the second it holds one weight of each of *sixteen rows*, a number of x is copied to all
+# sixteen places, and each place is the sum of a row: nothing is left to add. But in memory a row's weights lie side by side, so
+# for the second way they have to be turned.
+#
+# **Predict.** To turn 16 x 16 numbers of 32 bits takes 64 instructions. How many for 16 rows of 128 weights, once they are
+# float32? And while they are still codes of 4 bits?
+
+# %%
+def product_turned(packed, absmax, x):
+    """W x for a W whose rows are whole blocks; eight codes of a row are a number of 32 bits, and these are turned."""
+    words = packed.view(OUT, IN // 2).view(torch.int32).T.contiguous()                         # (IN / 8, OUT)
+    scale = absmax.view(OUT, IN // 64).T.repeat_interleave(8, dim=0)
+    # A byte's first code is its high nibble.
+    return sum(x[k::8] @ (permute(NF4_CODE, words >> 4 * (k ^ 1)) * scale) for k in range(8))
+
+
+as_floats, as_codes = 64 * (16 * 128) // (16 * 16), 64 * (16 * 128 // 8) // (16 * 16)
+y_turned = product_turned(q.packed, q.absmax, x)
+print(f"{as_floats} or {as_codes}; the sums differ by {float((y - y_turned).norm() / y.norm()):.0e} of their length")
+assert (as_floats, as_codes) == (512, 64) and (y - y_turned).norm() < 1e-6 * y.norm()
+
+# %% [markdown]
+# Turned once, a tile of 32 rows and 128 columns stays in the first cache and serves every row of x. So in float32, where
+# torch's product takes its time on some processors, W never needs to lie in memory, however many rows there are; and the way
+# back, x W, finds its sixteen weights side by side as they are.
 #
 # ## Fresh memory is slow memory
 #
@@ -356,6 +386,7 @@ with picture("17_fast", columns=2, width=9, height=2.8, width_ratios=(1, 2)) as 
 # `minilora/kernels/reference.py` is the truth, in torch; `minilora/kernels/nf4_vectors.h` has the register and its lookups, in
 # four forms for four kinds of processor; `minilora/kernels/nf4_product.cpp` the loops over them;
 # `minilora/kernels/nf4_one_row.h` the one that a token meets, where a block's sum is scaled and not its weights;
+# `minilora/kernels/nf4_turned.h` those that many rows meet;
 # `minilora/layers/scratch.py` the buffer; `minilora/layers/dense.py` the products of processors without 16-bit ones;
 # `minilora/llama/decoding.py` and `minilora/kernels/block_token.h` the one call a token;
 # `minilora/kernels/nf4_triton.py` the same for GPUs, and `minilora/kernels/product_triton.py` their products, one of which

@@ -118,7 +118,7 @@ class Kernel:
 
     def product(self, x: Tensor, packed: Tensor, constants: Constants, code: Tensor, blocksize: int, out_features: int,
                 bias: Tensor | None = None) -> Tensor:
-        """``x Wᵀ + bias`` without W in memory, for a few rows of x.
+        """``x Wᵀ + bias`` without W in memory.
 
         Args:
             x: (rows, in) float32 or bfloat16, contiguous. packed: the codes of W (out, in). bias: (out,) float32 or None.

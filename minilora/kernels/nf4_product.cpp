@@ -1,6 +1,6 @@
 // Products with NF4 weights on the CPU.
 //
-// y = x Wᵀ + bias, and W never lies in memory: weights live in registers, or for some microseconds in L2.
+// y = x Wᵀ + bias, or x W, and W never lies in memory: weights live in registers, or for some microseconds in the first caches.
 //
 // The idea of all these files: NF4 has sixteen values, and sixteen float32 are exactly one 512-bit register.  The table *is* a
 // register, and looking sixteen weights up is one permutation of it (nf4_vectors.h; with smaller registers it is two or four).
@@ -10,7 +10,8 @@
 // of weights meets one of x.
 //
 // 2 · COUNT weights make two registers, `even` (by the high nibbles) and `odd` (by the low ones).  Putting them in order would
-// cost more than looking them up, so x is split the same way instead, once a call (`arrange`).
+// cost more than looking them up, so x is split the same way instead, once a call (`arrange`).  For many rows of x AVX-512 has
+// another way (nf4_turned.h).
 //
 // Lesson 17 explains it.
 
@@ -330,7 +331,7 @@ const int FOR_ONE = 4, FOR_TWO = 4, FOR_FOUR = 2, FOR_EIGHT = 1;    // sums, tab
 template <int KIND, class E> void product(const Product& p) {
     bool whole = p.in % p.w.blocksize == 0 && p.w.blocksize % (2 * E::COUNT) == 0;  // rows are blocks, and these registers
 #if defined(__AVX512F__)
-    if (whole && p.rows > E::FEW) return turned_in_parts<KIND, E, false>(p);
+    if (whole && p.rows > E::FEW) return turned_in_parts<KIND, E>(p, false);
 #endif
     if (!whole || p.rows > E::FEW) return many<KIND, E>(p, whole);
     if constexpr (E::WEIGHT == FLOAT32)                         // see `one_short_row`
@@ -372,8 +373,8 @@ extern "C" int nf4_product_transposed(const Packed* w, int64_t out, int64_t in, 
 #if defined(__AVX512F__)
     if (in % w->blocksize == 0 && w->blocksize % 64 == 0) {
         Product p = {*w, in, out, x, rows, nullptr, y, out * in < 4 * ALONE / (rows + 1) ? 1 : threads};
-        if (kind == FLOAT32) turned_in_parts<FLOAT32, Singles, true>(p);
-        else turned_in_parts<BFLOAT16, ShortSingles, true>(p);
+        if (kind == FLOAT32) turned_in_parts<FLOAT32, Singles>(p, true);
+        else turned_in_parts<BFLOAT16, ShortSingles>(p, true);
         return 1;
     }
 #endif

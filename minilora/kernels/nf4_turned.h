@@ -158,10 +158,10 @@ template <int KIND, class E> void arrange_turned(const Product& p, int64_t first
     }
 }
 
-// y = x Wᵀ, or TRANSPOSED y = x W; p.in is how many numbers a row of x has, and p.out a row of y.
-template <int KIND, class E, bool TRANSPOSED> void turned(const Product& p) {
+// y = x Wᵀ, or transposed y = x W; p.in is how many numbers a row of x has, and p.out a row of y.
+template <int KIND, class E> void turned(const Product& p, bool transposed) {
     const int64_t a_step = 4 / sizeof(typename E::type), steps = ceil_div(p.in, a_step), blocks = p.in / p.w.blocksize;
-    const int64_t panels = ceil_div(p.rows, X_ROWS), places = TRANSPOSED && p.out >= 2 * ACROSS * p.threads ? ACROSS : PLACES;
+    const int64_t panels = ceil_div(p.rows, X_ROWS), places = transposed && p.out >= 2 * ACROSS * p.threads ? ACROSS : PLACES;
     Scratch<uint32_t> x(panels * X_ROWS * steps);
     parallel(p.threads, panels, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i)
@@ -169,14 +169,14 @@ template <int KIND, class E, bool TRANSPOSED> void turned(const Product& p) {
     });
     parallel(p.threads, ceil_div(p.out, places), [&](int64_t from, int64_t to) {
         Scratch<uint32_t> tiles(STEPS * places);
-        Scratch<float> sums(panels * X_ROWS * places), absmax(TRANSPOSED ? 0 : PLACES * blocks);
+        Scratch<float> sums(panels * X_ROWS * places), absmax(transposed ? 0 : PLACES * blocks);
         memset(tiles.data, 0, STEPS * places * sizeof *tiles.data);
         for (int64_t place = from * places; place < smaller(to * places, p.out); place += places) {
             const int64_t there = smaller(places, p.out - place);
-            if (!TRANSPOSED) decode_absmax(p.w, place * blocks, there * blocks, absmax.data);
+            if (!transposed) decode_absmax(p.w, place * blocks, there * blocks, absmax.data);
             for (int64_t s = 0; s < steps; s += STEPS) {
                 const int64_t some = smaller(STEPS, steps - s);
-                if (TRANSPOSED) unpack_across<E>(p.w, p.in, p.out, s * a_step, some, place, there, tiles.data);
+                if (transposed) unpack_across<E>(p.w, p.in, p.out, s * a_step, some, place, there, tiles.data);
                 else unpack_turned<E>(p.w, p.in, place, there, s * a_step, some * a_step, absmax.data, tiles.data);
                 for (int64_t t = 0; t < ceil_div(there, PLACES); ++t)
                     for (int64_t i = 0; i < panels; ++i)
@@ -190,13 +190,12 @@ template <int KIND, class E, bool TRANSPOSED> void turned(const Product& p) {
 }
 
 // The same, so many rows of x at a time as the third cache holds.
-template <int KIND, class E, bool TRANSPOSED> void turned_in_parts(const Product& p) {
+template <int KIND, class E> void turned_in_parts(const Product& p, bool transposed) {
     const int64_t width = sizeof(typename Stored<KIND>::type);
     const int64_t most = X_ROWS * (8 + THIRD_CACHE / (p.in * (int64_t)sizeof(typename E::type) * X_ROWS));
     for (int64_t first = 0; first < p.rows; first += most)
-        turned<KIND, E, TRANSPOSED>(Product{p.w, p.out, p.in, (const char*)p.x + first * p.in * width,
-                                            smaller(most, p.rows - first), p.bias, (char*)p.y + first * p.out * width,
-                                            p.threads});
+        turned<KIND, E>(Product{p.w, p.out, p.in, (const char*)p.x + first * p.in * width, smaller(most, p.rows - first),
+                                p.bias, (char*)p.y + first * p.out * width, p.threads}, transposed);
 }
 
 }  // namespace

@@ -7,8 +7,9 @@ The arithmetic is 16- or 32-bit; only the storage is 4-bit (QLoRA section 3, equ
 alive from forward to backward, for every layer at once: the whole model in 16 bits.  So the function saves the packed
 tensor, which is alive anyway, and pays for a second rebuild instead.
 
-Ŵ is rebuilt in one of two places: for a few rows of x in registers, without ever being written to memory
-(`NF4Tensor.fused_product`), for more in the buffer that all layers share (`scratch`), where torch's own product reads it.
+Ŵ is rebuilt in one of two places: in registers and the first cache, without ever being written to memory, where that is faster
+(`NF4Tensor.fused_product`: a few rows of x, on some processors any number); else in the buffer that all layers share
+(`scratch`), where torch's own product reads it.
 
 Lesson 07 explains it.
 """

@@ -169,7 +169,7 @@ class NF4Tensor:
         return out
 
     def fused_product(self, x: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
-        """``x Ŵᵀ + b``, or transposed ``x Ŵ``, for a few rows of x, Ŵ being rebuilt in registers and never written to memory.
+        """``x Ŵᵀ + b``, or transposed ``x Ŵ``, Ŵ being rebuilt in registers and never written to memory, where that is faster.
 
         Args:
             x: (rows, in), transposed (rows, out), floating. bias: (out,) or None; none with `transposed`.
