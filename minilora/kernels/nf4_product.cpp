@@ -257,7 +257,7 @@ template <int KIND> void unpack_for(const Packed& w, int64_t first, int64_t last
     for (int64_t i = 0; i < last - first; ++i) copy(to + i, half + i);
 }
 
-// The same as registers of even and of odd ones, in half the time; `first` and `last` and all blocks are pairs of registers.
+// The same as registers of even and of odd ones, which takes less; `first`, `last` and all blocks are pairs of registers.
 template <class E> void unpack_split(const Packed& w, int64_t first, int64_t last, typename E::type* to) {
     const Table code = load_table(w.code);
     float absmax[128];
@@ -312,7 +312,7 @@ template <int KIND, class E> void many(const Product& p, bool split) {
                     for (int64_t i = 0; i < panels; ++i)
                         for (int64_t n = 0; n < some; n += TILE)
                             multiply_tile<E, AT_ONCE>(tile.data + n * stride, stride, x.data + i * panel + s * PANEL * E::COUNT,
-                                                    width, s > 0, sums.data + i * PANEL * AT_ONCE + first + n);
+                                                      width, s > 0, sums.data + i * PANEL * AT_ONCE + first + n);
                 }
             }
             store_lines<KIND, AT_ONCE>(p, sums.data, row, w_rows);

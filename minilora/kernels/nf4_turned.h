@@ -22,7 +22,8 @@ const int STEPS = 128;                                          // of a tile: a 
 const int ACROSS = 128;                                         // columns whose codes share a cache line
 const int64_t THIRD_CACHE = 4 << 20;                            // bytes of x that it holds beside what others keep there
 const int AHEAD_STEPS = 8;                                      // that a line of codes is asked for before it is needed
-const int X_ROWS = 12;                                          // of a panel: 24 sums, two registers of weights and one of x
+const int X_ROWS = 12;                                          // of a panel: 24 sums, two registers of weights and one of x;
+                                                                // the last panel may have 4 or 8
 
 // Place j of register r becomes place r of register j.
 INLINE void turn(__m512i* v) {
@@ -124,25 +125,29 @@ template <class E> void unpack_across(const Packed& w, int64_t rows, int64_t in,
     }
 }
 
-// Sums (X_ROWS, PLACES) over some steps, or added to what is there.
-template <class E> void multiply_turned(const uint32_t* weights, const uint32_t* x, int64_t steps, bool add,
+// Sums (ROWS, PLACES) over some steps, or added to what is there.
+template <class E, int ROWS> void multiply_turned(const uint32_t* weights, const uint32_t* x, int64_t steps, bool add,
                                                   float* sums) {
-    Floats sum[2 * X_ROWS];
-    UNROLL for (int i = 0; i < 2 * X_ROWS; ++i) sum[i] = add ? load<Floats>(sums + i * 16) : Floats{};
+    Floats sum[2 * ROWS];
+    UNROLL for (int i = 0; i < 2 * ROWS; ++i) sum[i] = add ? load<Floats>(sums + i * 16) : Floats{};
     for (int64_t s = 0; s < steps; ++s) {
         const Words first = load<Words>(weights + s * PLACES), second = load<Words>(weights + s * PLACES + 16);
-        UNROLL for (int r = 0; r < X_ROWS; ++r) {
-            const Words piece = (Words)_mm512_set1_epi32((int)x[s * X_ROWS + r]);
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+            const Words piece = (Words)_mm512_set1_epi32((int)x[s * ROWS + r]);
             sum[2 * r] = E::step(sum[2 * r], first, piece);
             sum[2 * r + 1] = E::step(sum[2 * r + 1], second, piece);
         }
     }
-    UNROLL for (int i = 0; i < 2 * X_ROWS; ++i) store(sums + i * 16, sum[i]);
+    UNROLL for (int i = 0; i < 2 * ROWS; ++i) store(sums + i * 16, sum[i]);
 }
+
+// Of the panel that starts where so many rows are left.
+inline int64_t panel_rows(int64_t left) { return smaller(X_ROWS, ceil_div(left, 4) * 4); }
 
 // x's rows as `multiply_turned` reads them: a panel's rows side by side, step after step.
 template <int KIND, class E> void arrange_turned(const Product& p, int64_t first, int64_t steps, uint32_t* to) {
     typedef typename Input<KIND>::type From;
+    const int64_t rows = panel_rows(p.rows - first);
     const int64_t a_step = 4 / sizeof(typename E::type);
     for (int64_t s = 0; s < steps; s += 16) {
         __m512i v[16] = {};
@@ -154,7 +159,7 @@ template <int KIND, class E> void arrange_turned(const Product& p, int64_t first
             v[r] = _mm512_load_si512(piece);
         }
         turn(v);
-        for (int64_t k = 0; k < smaller(16, steps - s); ++k) memcpy(to + (s + k) * X_ROWS, v + k, X_ROWS * sizeof *to);
+        for (int64_t k = 0; k < smaller(16, steps - s); ++k) memcpy(to + (s + k) * rows, v + k, rows * sizeof *to);
     }
 }
 
@@ -179,9 +184,12 @@ template <int KIND, class E> void turned(const Product& p, bool transposed) {
                 if (transposed) unpack_across<E>(p.w, p.in, p.out, s * a_step, some, place, there, tiles.data);
                 else unpack_turned<E>(p.w, p.in, place, there, s * a_step, some * a_step, absmax.data, tiles.data);
                 for (int64_t t = 0; t < ceil_div(there, PLACES); ++t)
-                    for (int64_t i = 0; i < panels; ++i)
-                        multiply_turned<E>(tiles.data + t * STEPS * PLACES, x.data + (i * steps + s) * X_ROWS, some,
-                                                   s > 0, sums.data + (t * panels + i) * X_ROWS * PLACES);
+                    for (int64_t i = 0; i < panels; ++i) {
+                        const int64_t rows = panel_rows(p.rows - i * X_ROWS);
+                        (rows == 4 ? multiply_turned<E, 4> : rows == 8 ? multiply_turned<E, 8> : multiply_turned<E, X_ROWS>)(
+                            tiles.data + t * STEPS * PLACES, x.data + i * X_ROWS * steps + s * rows, some, s > 0,
+                            sums.data + (t * panels + i) * X_ROWS * PLACES);
+                    }
             }
             for (int64_t t = 0; t < there; t += PLACES)
                 store_lines<KIND, PLACES>(p, sums.data + t * panels * X_ROWS, place + t, smaller(PLACES, there - t));
